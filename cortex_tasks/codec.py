@@ -1,0 +1,184 @@
+"""Payload <-> wire: the answer of a job, its two encodings, and the names of things in Redis.
+
+An answer is stored as part of Celery's result meta (``{"status": ..., "result": <answer>, ...}``). Two
+encodings carry it, told apart by their first bytes, so that one decoder reads both:
+
+* JSON text, kombu's dialect (bytes as ``{"__type__": "base64", ...}``): what any Celery client understands;
+* packed: ``CXP1``, a uint32 (little-endian) length, that many bytes of JSON in which each ``bytes`` value is
+  ``{"$": [offset, length]}``, then the bytes themselves. Used for clients that ask for it in the job's headers.
+
+Neither is pickle, and decoding either runs no code.
+"""
+
+from __future__ import annotations
+
+import json
+import struct
+from bisect import bisect
+from dataclasses import dataclass
+from typing import Any, Final
+
+from kombu.serialization import register
+from kombu.utils import json as kombu_json
+
+from cortex_tasks.payloads import Lane, Timings
+
+__all__ = [
+    "CONTENT_TYPE",
+    "HEADER",
+    "PRIORITY_STEPS",
+    "Answer",
+    "dumps",
+    "lane_of",
+    "loads",
+    "priority_of",
+    "queue_key",
+    "queue_keys",
+    "register_serializer",
+    "reply_channel",
+    "result_key",
+]
+
+CONTENT_TYPE: Final = "application/x-cortex"
+SERIALIZER: Final = "cortex"
+#: The message header that holds Cortex's own delivery options, a dict:
+#: ``packed`` (bool: the submitter reads packed answers), ``sent_at`` (epoch seconds, float),
+#: ``cache`` ("use" | "refresh" | "off"). All are optional.
+HEADER: Final = "cortex"
+
+#: kombu's default steps: a foreign client may use any of them, so workers serve all.
+PRIORITY_STEPS: Final = (0, 3, 6, 9)
+_SEP: Final = "\x06\x16"
+_LANE_PRIORITY: Final[dict[Lane, int]] = {"interactive": 0, "bulk": 9}
+_REPLY_PREFIX: Final = "cortex:reply:"
+_RESULT_PREFIX: Final = "celery-task-meta-"
+
+_MAGIC: Final = b"CXP1"
+_LENGTH: Final = struct.Struct("<I")
+
+
+# ------------------------------------------------------------------------------------------- names in Redis
+
+
+def priority_of(lane: Lane) -> int:
+    """The AMQP-style priority of a lane; Redis lists of lower numbers are served first."""
+    return _LANE_PRIORITY[lane]
+
+
+def lane_of(priority: int | None) -> Lane:
+    """The lane of a message's priority (None counts as 0)."""
+    return "bulk" if (priority or 0) >= 6 else "interactive"
+
+
+def queue_key(queue: str, priority: int = 0) -> str:
+    """The Redis list of a queue at a priority, as kombu names it."""
+    step = PRIORITY_STEPS[bisect(PRIORITY_STEPS, priority) - 1]
+    return f"{queue}{_SEP}{step}" if step else queue
+
+
+def queue_keys(queue: str) -> tuple[str, ...]:
+    """All the Redis lists of a queue, first served first."""
+    return tuple(queue_key(queue, step) for step in PRIORITY_STEPS)
+
+
+def result_key(job_id: str) -> str:
+    """The key of a job's result meta; also the channel on which stock Celery announces it."""
+    return f"{_RESULT_PREFIX}{job_id}"
+
+
+def reply_channel(client_id: str) -> str:
+    """The channel of one client, its jobs' ``reply_to``. A message is the finished jobs' ids, space-separated."""
+    return f"{_REPLY_PREFIX}{client_id}"
+
+
+def is_reply_channel(reply_to: str | None) -> bool:
+    """Whether a message's ``reply_to`` names a Cortex client's channel (stock Celery puts a bare id there)."""
+    return reply_to is not None and reply_to.startswith(_REPLY_PREFIX)
+
+
+# ------------------------------------------------------------------------------------------------- answers
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """What a job's task returns. ``items`` holds, for each input in order, ``{"value": {...}}`` or
+    ``{"error": {"code", "message", "details"?}}``."""
+
+    task: str
+    model: str
+    revision: str
+    timings: Timings
+    items: list[dict[str, Any]]
+    #: The submitter reads the packed encoding.
+    packed: bool = False
+
+    def __json__(self) -> dict[str, Any]:
+        return {
+            "cortex": 1,
+            "task": self.task,
+            "model": self.model,
+            "revision": self.revision,
+            "timings": self.timings.model_dump(),
+            "items": self.items,
+        }
+
+    def __repr__(self) -> str:
+        """Short: Flower and the worker's log show it."""
+        failed = sum("error" in item for item in self.items)
+        bad = f", {failed} failed" if failed else ""
+        return (
+            f"<{self.task} {self.model}@{self.revision[:8]}: {len(self.items)} items{bad}, "
+            f"forward {self.timings.forward_ms:.1f} ms>"
+        )
+
+
+def dumps(meta: Any) -> bytes | str:
+    """Encode a result meta: packed when its answer asks for it, else kombu's JSON."""
+    result = meta.get("result") if isinstance(meta, dict) else None
+    if not (isinstance(result, Answer) and result.packed):
+        text: str = kombu_json.dumps(meta)
+        return text
+    blobs: list[bytes] = []
+    offset = 0
+
+    def default(value: Any) -> Any:
+        nonlocal offset
+        if isinstance(value, bytes):
+            place = {"$": [offset, len(value)]}
+            blobs.append(value)
+            offset += len(value)
+            return place
+        if isinstance(value, Answer):
+            return value.__json__()
+        return kombu_json.JSONEncoder().default(value)
+
+    head = json.dumps(meta, default=default, separators=(",", ":")).encode()
+    return b"".join((_MAGIC, _LENGTH.pack(len(head)), head, *blobs))
+
+
+def loads(data: bytes | str | memoryview) -> Any:
+    """Decode either encoding. Raises ValueError on anything else."""
+    raw = data.encode() if isinstance(data, str) else bytes(data)
+    if not raw.startswith(_MAGIC):
+        return kombu_json.loads(raw)
+    start = len(_MAGIC) + _LENGTH.size
+    if len(raw) < start:
+        raise ValueError("a packed answer ends within its header")
+    body = start + _LENGTH.unpack_from(raw, len(_MAGIC))[0]
+    if len(raw) < body:
+        raise ValueError("a packed answer ends within its JSON part")
+
+    def hook(value: dict[str, Any]) -> Any:
+        if value.keys() == {"$"}:
+            at, length = value["$"]
+            if not 0 <= at <= at + length <= len(raw) - body:
+                raise ValueError("a packed answer's bytes are missing")
+            return raw[body + at : body + at + length]
+        return kombu_json.object_hook(value)
+
+    return json.loads(raw[start:body], object_hook=hook)
+
+
+def register_serializer() -> None:
+    """Make kombu know the ``cortex`` serializer. Idempotent."""
+    register(SERIALIZER, dumps, loads, content_type=CONTENT_TYPE, content_encoding="binary")

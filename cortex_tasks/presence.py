@@ -1,0 +1,80 @@
+"""Who is there: what each worker writes about itself in Redis, and how everyone else reads it.
+
+A worker writes its card every few seconds under ``cortex:worker:<node>`` with a TTL, and its name into the
+sorted set ``cortex:workers`` (score: epoch seconds). A worker that dies leaves no card after PRESENCE_TTL_S.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Final, Literal
+
+from pydantic import BaseModel, ConfigDict
+
+__all__ = ["PRESENCE_TTL_S", "WORKERS_KEY", "ModelCard", "WorkerCard", "read_cards", "worker_key"]
+
+WORKERS_KEY: Final = "cortex:workers"
+PRESENCE_TTL_S: Final = 15
+
+
+def worker_key(node: str) -> str:
+    return f"cortex:worker:{node}"
+
+
+class _Card(BaseModel):
+    # A newer worker may say more than an older client knows.
+    model_config = ConfigDict(frozen=True, extra="ignore", protected_namespaces=())
+
+
+class ModelCard(_Card):
+    """One model of one worker."""
+
+    alias: str
+    queue: str
+    #: ``idle``: lazy and not loaded yet; ``unavailable``: ``reason`` says why and the remedy.
+    state: Literal["idle", "loading", "ready", "unavailable"]
+    revision: str = ""
+    adapter: str = ""
+    backend: str = ""
+    precision: str = ""
+    reason: str = ""
+    size_bytes: int = 0
+    load_ms: float = 0.0
+    warm_ms: float = 0.0
+    jobs: int = 0
+    items: int = 0
+    batches: int = 0
+
+
+class WorkerCard(_Card):
+    """One worker. Times are epoch seconds."""
+
+    node: str
+    image: str
+    host: str
+    pid: int
+    #: ``starting``: pinned models are loading; ``stopping``: finishes what it took.
+    state: Literal["starting", "ready", "stopping"]
+    queues: tuple[str, ...]
+    models: tuple[ModelCard, ...]
+    started_at: float
+    seen_at: float
+    jobs: int = 0
+    items: int = 0
+    errors: int = 0
+    #: Items answered a second over the last few seconds.
+    items_per_s: float = 0.0
+    #: Jobs taken from each queue and not yet answered (kombu's "unacked", by queue).
+    in_flight: dict[str, int] = {}
+
+
+def parse_cards(raw: list[bytes | str | None]) -> list[WorkerCard]:
+    """Cards from an MGET; keys that expired meanwhile are left out."""
+    return [WorkerCard.model_validate_json(text) for text in raw if text is not None]
+
+
+def read_cards(redis: Any) -> list[WorkerCard]:
+    """Every worker's card, by node name. ``redis``: a synchronous redis-py client."""
+    nodes = [node.decode() if isinstance(node, bytes) else node for node in redis.zrange(WORKERS_KEY, 0, -1)]
+    if not nodes:
+        return []
+    return sorted(parse_cards(redis.mget([worker_key(node) for node in nodes])), key=lambda card: card.node)

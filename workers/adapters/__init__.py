@@ -1,0 +1,49 @@
+"""The lazy table of adapters: name -> module, class, extra. Importing this imports none of them."""
+
+from __future__ import annotations
+
+import importlib
+from typing import NamedTuple, cast
+
+from cortex_tasks.catalog import nearest
+from cortex_tasks.errors import ConfigError, ModelUnavailable
+from workers.adapters.base import Adapter, Item, LoadContext, WireValue
+
+__all__ = ["ADAPTERS", "Adapter", "Item", "LoadContext", "WireValue", "adapter_class"]
+
+
+class _Row(NamedTuple):
+    target: str
+    #: The extra that installs its library.
+    extra: str
+
+
+ADAPTERS: dict[str, _Row] = {
+    "echo": _Row("workers.adapters.echo:EchoAdapter", ""),
+    "sentence_transformers": _Row(
+        "workers.adapters.sentence_transformers:SentenceTransformersAdapter", "minilm"
+    ),
+    "transformers": _Row("workers.adapters.transformers:TransformersAdapter", "transformers"),
+    "spacy": _Row("workers.adapters.spacy:SpacyAdapter", "spacy"),
+    "prophet": _Row("workers.adapters.prophet:ProphetAdapter", "prophet"),
+}
+
+
+def adapter_class(name: str) -> type[Adapter]:
+    """The adapter of that name, or ``package.module:Class`` of one's own.
+
+    Raises ConfigError for an unknown name, ModelUnavailable (naming the extra) when its library is absent.
+    """
+    row = ADAPTERS.get(name) or (_Row(name, "") if ":" in name else None)
+    if row is None:
+        raise ConfigError(f"unknown adapter {name!r}{nearest(name, ADAPTERS)}")
+    module, _, attribute = row.target.partition(":")
+    try:
+        return cast("type[Adapter]", getattr(importlib.import_module(module), attribute))
+    except ImportError as error:
+        remedy = f"pip install 'datapunk-cortex[{row.extra}]'" if row.extra else "install it"
+        raise ModelUnavailable(
+            f"adapter {name!r} needs a library that is not installed: {error}; {remedy}"
+        ) from error
+    except AttributeError as error:
+        raise ConfigError(f"adapter {name!r}: {error}") from error
