@@ -190,9 +190,7 @@ class FleetConfig(Section):
         for alias, model in self.models.items():
             for image in model.images:
                 if image not in self.images:
-                    raise ValueError(
-                        f"models.{alias}.images: unknown image {image!r}{nearest(image, self.images)}"
-                    )
+                    raise ValueError(f"models.{alias}.images: unknown image {image!r}{nearest(image, self.images)}")
                 if model.queue not in self.images[image].consumed(gpu=True):
                     raise ValueError(f"models.{alias}.queue: image {image!r} does not serve queue {model.queue!r}"
                                      f"{nearest(model.queue, self.images[image].consumed(gpu=True))}")  # fmt: skip
@@ -266,9 +264,7 @@ class Settings(BaseModel):
         try:
             return cls.model_validate(given)
         except ValueError as error:
-            names = ", ".join(
-                f"CORTEX_{'.'.join(map(str, e['loc'])).upper()}: {e['msg']}" for e in error.errors()
-            )  # type: ignore[attr-defined]
+            names = ", ".join(f"CORTEX_{'.'.join(map(str, e['loc'])).upper()}: {e['msg']}" for e in error.errors())  # type: ignore[attr-defined]
             raise ConfigError(f"bad setting: {names}") from None
 
     @property

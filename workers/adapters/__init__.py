@@ -20,9 +20,7 @@ class _Row(NamedTuple):
 
 ADAPTERS: dict[str, _Row] = {
     "echo": _Row("workers.adapters.echo:EchoAdapter", ""),
-    "sentence_transformers": _Row(
-        "workers.adapters.sentence_transformers:SentenceTransformersAdapter", "minilm"
-    ),
+    "sentence_transformers": _Row("workers.adapters.sentence_transformers:SentenceTransformersAdapter", "minilm"),
     "transformers": _Row("workers.adapters.transformers:TransformersAdapter", "transformers"),
     "spacy": _Row("workers.adapters.spacy:SpacyAdapter", "spacy"),
     "prophet": _Row("workers.adapters.prophet:ProphetAdapter", "prophet"),
@@ -42,8 +40,6 @@ def adapter_class(name: str) -> type[Adapter]:
         return cast("type[Adapter]", getattr(importlib.import_module(module), attribute))
     except ImportError as error:
         remedy = f"pip install 'datapunk-cortex[{row.extra}]'" if row.extra else "install it"
-        raise ModelUnavailable(
-            f"adapter {name!r} needs a library that is not installed: {error}; {remedy}"
-        ) from error
+        raise ModelUnavailable(f"adapter {name!r} needs a library that is not installed: {error}; {remedy}") from error
     except AttributeError as error:
         raise ConfigError(f"adapter {name!r}: {error}") from error

@@ -34,9 +34,7 @@ class EchoAdapter(Adapter):
         return inputs, TASKS[task].params.model_validate(labels)
 
     def prepare(self, task: str, inputs: Sequence[Any], params: Params) -> list[Item | CortexError]:
-        return [
-            Item(value, len(value) // 4 + 1 if isinstance(value, str) else len(value.y)) for value in inputs
-        ]
+        return [Item(value, len(value) // 4 + 1 if isinstance(value, str) else len(value.y)) for value in inputs]
 
     def forward(self, task: str, items: Sequence[Item], params: Params) -> Sequence[WireValue]:
         if self._delay_s:
