@@ -35,7 +35,8 @@ def _packed(text: str) -> bytes:
 
 
 def _document(text: str, params: p.AnnotateParams) -> dict[str, Any]:
-    tokens = [{"text": m[0], "start": m.start(), "end": m.end()} for m in re.finditer(r"\S+", text)]
+    matches = list(re.finditer(r"\S+", text))
+    tokens: list[dict[str, Any]] = [{"text": m[0], "start": m.start(), "end": m.end()} for m in matches]
     value: dict[str, Any] = {}
     if "tokens" in params.include:
         value["tokens"] = tokens
