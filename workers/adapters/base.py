@@ -57,6 +57,10 @@ class Adapter(ABC):
 
     #: Bump when a change here changes answers: it is part of the model's revision.
     version: ClassVar[str] = "1"
+    #: ``load`` copes without a snapshot: an absent source is not an error, the adapter falls back.
+    weights_optional: ClassVar[bool] = False
+    #: What an operator should know about this model, e.g. that it is a fallback; shown as the model's reason.
+    note: str = ""
 
     @classmethod
     @abstractmethod
@@ -83,7 +87,10 @@ class Adapter(ABC):
 
     @abstractmethod
     def forward(self, task: str, items: Sequence[Item], params: Params) -> Sequence[Any]:
-        """One raw output an item, in order. May raise: the caller bisects to find the culprit."""
+        """One raw output an item, in order. May raise: the caller bisects to find the culprit.
+
+        An entry may be a CortexError: that item's own failure. The caller keeps such entries from ``finish``.
+        """
 
     def finish(self, task: str, items: Sequence[Item], raw: Sequence[Any], params: Params) -> list[WireValue]:
         """Raw outputs -> wire values, in order. The default passes dictionaries through."""
