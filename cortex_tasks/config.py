@@ -1,50 +1,105 @@
-"""queues.yaml -> FleetConfig, and the CORTEX_* settings.
+"""queues.yaml -> FleetConfig. (The CORTEX_* variables are in ``settings``; its names are also here.)
 
 Sizes are written ``512MB`` or ``2GB`` (powers of 1,000; ``MiB``, ``GiB`` for powers of 1,024) and held as bytes.
 """
 
 from __future__ import annotations
 
-import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable
 from functools import cached_property
 from pathlib import Path
-from typing import Annotated, Any, Literal
-from urllib.parse import urlsplit, urlunsplit
+from typing import TYPE_CHECKING, Annotated, Any, Final, Literal
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, SecretStr, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    model_validator,
+)
 
 from cortex_tasks.catalog import TASKS, nearest
+from cortex_tasks.config_problems import dotted, explain
+from cortex_tasks.config_wiring import KeyPath, disagreements
 from cortex_tasks.errors import ConfigError, UnknownModel
+from cortex_tasks.settings import Settings, mask_url
 
-__all__ = ["FleetConfig", "ImageConfig", "Limits", "ModelConfig", "Settings", "load_fleet", "mask_url"]
+if TYPE_CHECKING:
+    from cortex_tasks.yaml_positions import Problem
 
-_SIZE = re.compile(r"^\s*(\d+(?:\.\d+)?)\s*(B|KB|MB|GB|TB|KiB|MiB|GiB|TiB)\s*$")
+__all__ = [
+    "ADAPTERS",
+    "Batching",
+    "Delivery",
+    "FleetConfig",
+    "ImageConfig",
+    "Limits",
+    "ModelConfig",
+    "Settings",
+    "default_queues_file",
+    "load_fleet",
+    "mask_url",
+]
+
+#: Adapters that come with the workers; any other is written ``package.module:Class``.
+ADAPTERS: Final = ("echo", "sentence_transformers", "transformers", "spacy", "prophet")
+ALIAS_PATTERN = r"^[a-z][a-z0-9_.-]{0,62}$"
+_SOURCES: Final = ("hub:", "pypi:", "file:", "s3:", "forge:", "builtin:")
+_SIZE = re.compile(r"\s*(\d{1,12}(?:\.\d{1,6})?)\s*(B|KB|MB|GB|TB|KiB|MiB|GiB|TiB)\s*")
 _UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12} | {
     "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40,
 }  # fmt: skip
-ALIAS_PATTERN = r"^[a-z][a-z0-9_.-]{0,62}$"
+_CLASS = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*")
+#: Problems of one file that a message lists; a file of nonsense has thousands.
+_MAX_PROBLEMS: Final = 100
 
 
 def _bytes(value: Any) -> Any:
-    if isinstance(value, str):
-        match = _SIZE.match(value)
-        if match is None:
-            raise ValueError(f"{value!r} is not a size; write it like '512MB' or '2GB'")
-        return int(float(match[1]) * _UNITS[match[2]])
+    if not isinstance(value, str):
+        return value
+    match = _SIZE.fullmatch(value)
+    if match is None:
+        raise ValueError(f"{value[:40]!r} is not a size; write it like '512MB' or '2GB'")
+    return int(float(match[1]) * _UNITS[match[2]])
+
+
+def _name(value: str) -> str:
+    if not re.fullmatch(ALIAS_PATTERN.rstrip("$"), value):
+        raise ValueError(f"{value[:40]!r} is not a name: a lower-case letter, then at most 62 of a-z 0-9 _ . -")
     return value
 
 
 def _known_task(name: str) -> str:
     if name not in TASKS:
-        raise ValueError(f"unknown task {name!r}{nearest(name, TASKS)}")
+        raise ValueError(f"unknown task {name[:40]!r}{nearest(name, TASKS)}")
     return name
 
 
-Size = Annotated[int, BeforeValidator(_bytes), Field(ge=0)]
-Alias = Annotated[str, Field(pattern=ALIAS_PATTERN)]
+def _known_adapter(name: str) -> str:
+    if name not in ADAPTERS and not _CLASS.fullmatch(name):
+        raise ValueError(f"unknown adapter {name[:40]!r}{nearest(name, ADAPTERS)} (or write 'package.module:Class')")
+    return name
+
+
+def _known_source(source: str) -> str:
+    # The value is not repeated: a source may hold a signed or private address.
+    if not source.startswith(_SOURCES):
+        raise ValueError(f"a source begins with one of {' '.join(_SOURCES)}")
+    return source
+
+
+# Strict: a quoted "4", a 4.0 for a count, or a yes for a number is a slip that the file's author wants to hear of.
+Count = Annotated[int, Field(strict=True)]
+Number = Annotated[float, Field(strict=True, allow_inf_nan=False)]
+Flag = Annotated[bool, Field(strict=True)]
+Size = Annotated[int, BeforeValidator(_bytes), Field(strict=True, ge=0)]
+Alias = Annotated[str, AfterValidator(_name)]
 TaskName = Annotated[str, AfterValidator(_known_task)]
+AdapterName = Annotated[str, AfterValidator(_known_adapter)]
+Source = Annotated[str, AfterValidator(_known_source)]
 
 
 class Section(BaseModel):
@@ -56,33 +111,33 @@ class Section(BaseModel):
 class Batching(Section):
     """How many items may share one forward pass."""
 
-    max_items: Annotated[int, Field(ge=1, le=4096)] = 64
+    max_items: Annotated[Count, Field(ge=1, le=4096)] = 64
     #: Items x longest item, in tokens (in points for series).
-    max_padded_tokens: Annotated[int, Field(ge=1)] = 4096
+    max_padded_tokens: Annotated[Count, Field(ge=1)] = 4096
 
 
 class Limits(Section):
     """What a model accepts. Each is enforced at submission and again at the worker."""
 
-    text_chars: Annotated[int, Field(ge=1)] = 10_000
-    inputs_per_job: Annotated[int, Field(ge=1)] = 1_000
-    history_points: Annotated[int, Field(ge=2)] = 20_000
-    horizon_points: Annotated[int, Field(ge=1)] = 3_650
+    text_chars: Annotated[Count, Field(ge=1)] = 10_000
+    inputs_per_job: Annotated[Count, Field(ge=1)] = 1_000
+    history_points: Annotated[Count, Field(ge=2)] = 20_000
+    horizon_points: Annotated[Count, Field(ge=1)] = 3_650
     #: Jobs waiting in the model's queue beyond which submission is refused.
-    queue_jobs: Annotated[int, Field(ge=1)] = 100_000
+    queue_jobs: Annotated[Count, Field(ge=1)] = 100_000
     #: Deliveries of one job (each after a worker's death) before it is parked as poison.
-    attempts: Annotated[int, Field(ge=1, le=100)] = 3
+    attempts: Annotated[Count, Field(ge=1, le=100)] = 3
     #: A child process that takes longer over one batch is killed (adapters that run in children).
-    time_limit_s: Annotated[float, Field(gt=0)] = 300.0
+    time_limit_s: Annotated[Number, Field(gt=0)] = 300.0
 
 
 class ModelConfig(Section):
     """One model alias."""
 
-    source: Annotated[str, Field(pattern=r"^(hub|pypi|file|s3|forge|builtin):.*$")]
+    source: Source
     #: A pinned revision of the source (a commit, a digest); None takes what the source holds.
     revision: str | None = None
-    adapter: Annotated[str, Field(min_length=1)]
+    adapter: AdapterName
     tasks: Annotated[tuple[TaskName, ...], Field(min_length=1)]
     backend: Literal["torch", "openvino", "onnx", "native", "auto"] = "torch"
     precision: Literal["fp32", "bf16", "fp16", "int8"] = "fp32"
@@ -91,9 +146,9 @@ class ModelConfig(Section):
     tier: Literal["l1", "l2", "disk"] = "l1"
     load: Literal["pinned", "lazy"] = "lazy"
     #: Child processes that host the adapter; 0 runs it in the worker's own process.
-    children: Annotated[int, Field(ge=0, le=64)] = 0
+    children: Annotated[Count, Field(ge=0, le=64)] = 0
     batching: Batching = Batching()
-    cache_ttl_s: Annotated[int, Field(ge=300, le=86_400)] = 3_600
+    cache_ttl_s: Annotated[Count, Field(ge=300, le=86_400)] = 3_600
     limits: Limits = Limits()
     #: The adapter's own options; the adapter validates them when it loads.
     options: dict[str, Any] = Field(default_factory=dict)
@@ -105,10 +160,10 @@ class ImageConfig(Section):
     queues: tuple[Alias, ...] = ()
     #: Consumed as well where a GPU is visible.
     gpu_queues: tuple[Alias, ...] = ()
-    cpus: Annotated[float, Field(gt=0)]
+    cpus: Annotated[Number, Field(gt=0)]
     memory: Size
-    gpus: Annotated[int, Field(ge=0)] = 0
-    gpu_optional: bool = False
+    gpus: Annotated[Count, Field(ge=0)] = 0
+    gpu_optional: Flag = False
     storage: Size
 
     def consumed(self, *, gpu: bool) -> tuple[str, ...]:
@@ -120,7 +175,7 @@ class CacheTier(Section):
     """A cache tier: its size in bytes and the time its entries live."""
 
     size: Size
-    ttl_s: Annotated[int, Field(ge=1)]
+    ttl_s: Annotated[Count, Field(ge=1)]
 
 
 class DiskTier(Section):
@@ -149,13 +204,13 @@ class ModelStoreDisk(Section):
     path: Path = Path("/models")
     max_size: Size = 10 * 10**9
     #: Fill level (0..1) at which the clean-up begins.
-    cleanup_threshold: Annotated[float, Field(gt=0, le=1)] = 0.85
+    cleanup_threshold: Annotated[Number, Field(gt=0, le=1)] = 0.85
 
 
 class CacheStoreDisk(Section):
     path: Path = Path("/cache")
     max_size: Size = 5 * 10**9
-    ttl_s: Annotated[int, Field(ge=1)] = 86_400
+    ttl_s: Annotated[Count, Field(ge=1)] = 86_400
 
 
 class StorageConfig(Section):
@@ -167,11 +222,11 @@ class Delivery(Section):
     """How jobs are kept safe on their way."""
 
     #: A worker renews its claim on a job while it lives; a claim older than this is given to another worker.
-    lease_s: Annotated[float, Field(ge=1)] = 30.0
+    lease_s: Annotated[Number, Field(ge=1)] = 30.0
     #: How often abandoned jobs are looked for.
-    sweep_s: Annotated[float, Field(gt=0)] = 5.0
+    sweep_s: Annotated[Number, Field(gt=0)] = 5.0
     #: How long an unread answer is kept.
-    result_ttl_s: Annotated[int, Field(ge=60)] = 3_600
+    result_ttl_s: Annotated[Count, Field(ge=60)] = 3_600
 
 
 class FleetConfig(Section):
@@ -186,14 +241,10 @@ class FleetConfig(Section):
     storage_config: StorageConfig = StorageConfig()
 
     @model_validator(mode="after")
-    def _images_and_queues_agree(self) -> FleetConfig:
-        for alias, model in self.models.items():
-            for image in model.images:
-                if image not in self.images:
-                    raise ValueError(f"models.{alias}.images: unknown image {image!r}{nearest(image, self.images)}")
-                if model.queue not in self.images[image].consumed(gpu=True):
-                    raise ValueError(f"models.{alias}.queue: image {image!r} does not serve queue {model.queue!r}"
-                                     f"{nearest(model.queue, self.images[image].consumed(gpu=True))}")  # fmt: skip
+    def _models_queues_and_images_agree(self) -> FleetConfig:
+        found = disagreements(self.model_dump(include={"models", "images"}))
+        if problems := [f"{dotted(path)}: {message}" for path, message in found]:
+            raise ValueError("; ".join(problems))
         return self
 
     @cached_property
@@ -224,58 +275,6 @@ class FleetConfig(Section):
         return alias, found
 
 
-def mask_url(url: str) -> str:
-    """A Redis URL fit for a message: the password (in the authority or the query) replaced by ``***``."""
-    parts = urlsplit(url)
-    host = parts.netloc
-    if "@" in host:
-        user, _, rest = host.rpartition("@")
-        name, colon, _ = user.partition(":")
-        host = f"{name}{':***' if colon else ''}@{rest}"
-    query = re.sub(r"(?i)((?:password|secret|token)=)[^&]*", r"\1***", parts.query)
-    return urlunsplit((parts.scheme, host, parts.path, query, ""))
-
-
-class Settings(BaseModel):
-    """The CORTEX_* environment. URLs may hold passwords, so they are secrets; print ``mask_url`` of them."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    broker_url: SecretStr = SecretStr("redis://127.0.0.1:6379/0")
-    #: Where answers are kept; None: the broker's.
-    result_url: SecretStr | None = None
-    #: The L2 cache; None: the broker's.
-    cache_url: SecretStr | None = None
-    queues_file: Path | None = None
-    #: The image this worker runs as; None: deduced from its queues.
-    image: str | None = None
-    models_dir: Path | None = None
-    connect_timeout_s: Annotated[float, Field(gt=0)] = 3.0
-    #: Hooks into Celery and kombu; "stock" switches one back.
-    pool: Literal["cortex", "stock"] = "cortex"
-    transport: Literal["cortex", "stock"] = "cortex"
-    backend: Literal["cortex", "stock"] = "cortex"
-
-    @classmethod
-    def from_env(cls, environ: Mapping[str, str] | None = None) -> Settings:
-        """Read CORTEX_<FIELD> for each field. Raises ConfigError that names the variable, never its value."""
-        env = os.environ if environ is None else environ
-        given = {name: env[key] for name in cls.model_fields if (key := f"CORTEX_{name.upper()}") in env}
-        try:
-            return cls.model_validate(given)
-        except ValueError as error:
-            names = ", ".join(f"CORTEX_{'.'.join(map(str, e['loc'])).upper()}: {e['msg']}" for e in error.errors())  # type: ignore[attr-defined]
-            raise ConfigError(f"bad setting: {names}") from None
-
-    @property
-    def results(self) -> str:
-        return (self.result_url or self.broker_url).get_secret_value()
-
-    @property
-    def broker(self) -> str:
-        return self.broker_url.get_secret_value()
-
-
 def default_queues_file() -> Path:
     """queues.yaml as installed with the package, or the checkout's."""
     here = Path(__file__).resolve().parent
@@ -284,12 +283,57 @@ def default_queues_file() -> Path:
 
 
 def load_fleet(path: Path | str | None = None) -> FleetConfig:
-    """Read and check queues.yaml (CORTEX_QUEUES_FILE, else the default fleet's). Raises ConfigError."""
-    import yaml
+    """Read and check queues.yaml (CORTEX_QUEUES_FILE, else the default fleet's).
+
+    Raises ConfigError whose message lists every problem, one a line, as ``file:line: path: what is wrong``.
+    """
+    # Only here is yaml needed.
+    from cortex_tasks.yaml_positions import Problem, read_document
 
     file = Path(path) if path is not None else Settings.from_env().queues_file or default_queues_file()
+    document = read_document(_read_text(file))
+    problems = list(document.problems)
     try:
-        raw = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ConfigError(f"cannot read {file}: {error.strerror}") from error
-    return FleetConfig.model_validate(raw)
+        if document.value is not None or not problems:
+            fleet = FleetConfig.model_validate(document.value)
+    except ValidationError as error:
+        seen = {problem.path for problem in problems}
+        found = [(path, text) for path, text in _explained(error, document.value) if path not in seen]
+        problems += [Problem(document.line(path), path, text) for path, text in found]
+    if problems:
+        raise ConfigError(_listing(file, problems))
+    return fleet
+
+
+def _explained(error: ValidationError, raw: Any) -> list[tuple[KeyPath, str]]:
+    # The whole file's own validator speaks of disagreements, which come with a path each from their source.
+    details = [e for e in error.errors(include_url=False) if e["loc"] or e["type"] != "value_error"]
+    inner = {tuple(e["loc"])[:-1] for e in details}
+    # pydantic counts only the good members of a list; one whose every member is bad is not empty.
+    details = [e for e in details if e["type"] != "too_short" or tuple(e["loc"]) not in inner]
+    return [explain(e, FleetConfig) for e in details] + list(disagreements(raw))
+
+
+def _read_text(file: Path) -> str:
+    from cortex_tasks.yaml_positions import MAX_BYTES
+
+    try:
+        with file.open("rb") as stream:
+            data = stream.read(MAX_BYTES + 1)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"cannot read {file}: {getattr(error, 'strerror', None) or error}") from error
+    if len(data) > MAX_BYTES:
+        raise ConfigError(f"{file}: larger than {MAX_BYTES:,} bytes; that is no queues.yaml")
+    try:
+        return data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{file}:{data.count(10, 0, error.start) + 1}: not UTF-8 text") from None
+
+
+def _listing(file: Path, problems: Iterable[Problem]) -> str:
+    lines = []
+    for line, path, message in sorted(problems, key=lambda problem: problem.line):
+        where = f"{dotted(path)}: " if path else ""
+        lines.append(f"{file}:{line}: {where}{message}")
+    left = len(lines) - _MAX_PROBLEMS
+    return "\n".join(lines[:_MAX_PROBLEMS] + ([f"{file}: and {left} more problems"] if left > 0 else []))

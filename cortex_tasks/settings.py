@@ -1,0 +1,92 @@
+"""The CORTEX_* environment variables. URLs may hold passwords: they are secrets, and messages show them masked."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Literal
+from urllib.parse import urlsplit, urlunsplit
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, SecretStr, ValidationError
+
+from cortex_tasks.config_problems import reason
+from cortex_tasks.errors import ConfigError
+
+__all__ = ["Settings", "mask_url"]
+
+
+def mask_url(url: str) -> str:
+    """A Redis URL fit for a message: the password (in the authority or the query) replaced by ``***``."""
+    try:
+        parts = urlsplit(url)
+        readable = parts.port != 0 and bool(parts.hostname or not parts.netloc)
+    except ValueError:
+        readable = False
+    if not readable or "@" in parts.path + parts.query + parts.fragment:
+        # Perhaps an unescaped / ? or # in the password: only what follows the last @ is surely none of it.
+        scheme, _, rest = url.partition("://")
+        _, at, host = rest.rpartition("@")
+        return f"{scheme if rest else ''}://***{at}{host if at else ''}"
+    user, at, host = parts.netloc.rpartition("@")
+    name, colon, _ = user.partition(":")
+    query = re.sub(r"(?i)((?:password|secret|token)=)[^&]*", r"\1***", parts.query)
+    return urlunsplit((parts.scheme, f"{name}{':***' if colon else ''}{at}{host}", parts.path, query, ""))
+
+
+def _redis_url(value: SecretStr) -> SecretStr:
+    try:
+        parts = urlsplit(value.get_secret_value())
+        usable = parts.scheme in ("redis", "rediss") and bool(parts.hostname) and parts.port != 0
+    except ValueError:
+        usable = False
+    if not usable:
+        raise ValueError("expected redis://[user:password@]host:port/db or rediss://...; escape / ? # @ in a password")
+    return value
+
+
+RedisUrl = Annotated[SecretStr, AfterValidator(_redis_url)]
+
+
+class Settings(BaseModel):
+    """The CORTEX_* environment. URLs may hold passwords, so they are secrets; print ``mask_url`` of them."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    broker_url: RedisUrl = SecretStr("redis://127.0.0.1:6379/0")
+    #: Where answers are kept; None: the broker's.
+    result_url: RedisUrl | None = None
+    #: The L2 cache; None: the broker's.
+    cache_url: RedisUrl | None = None
+    queues_file: Path | None = None
+    #: The image this worker runs as; None: deduced from its queues.
+    image: str | None = None
+    models_dir: Path | None = None
+    connect_timeout_s: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 3.0
+    #: Hooks into Celery and kombu; "stock" switches one back.
+    pool: Literal["cortex", "stock"] = "cortex"
+    transport: Literal["cortex", "stock"] = "cortex"
+    backend: Literal["cortex", "stock"] = "cortex"
+
+    @classmethod
+    def from_env(cls, environ: Mapping[str, str] | None = None) -> Settings:
+        """Read CORTEX_<FIELD> for each field; an empty variable counts as absent.
+
+        Raises ConfigError that names each bad variable, never its value.
+        """
+        env = os.environ if environ is None else environ
+        given = {name: text for name in cls.model_fields if (text := env.get(f"CORTEX_{name.upper()}"))}
+        try:
+            return cls.model_validate(given)
+        except ValidationError as error:
+            lines = [f"CORTEX_{str(e['loc'][0]).upper()}: {reason(e)}" for e in error.errors(include_url=False)]
+        raise ConfigError("\n".join(lines))
+
+    @property
+    def results(self) -> str:
+        return (self.result_url or self.broker_url).get_secret_value()
+
+    @property
+    def broker(self) -> str:
+        return self.broker_url.get_secret_value()
