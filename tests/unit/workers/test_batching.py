@@ -1,0 +1,121 @@
+"""The batcher: urgency, lanes, length, budget; nothing lost, nothing twice."""
+
+from __future__ import annotations
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from cortex_tasks.config import Batching
+from workers.batching import INTERACTIVE_STREAK, Batcher, Group, Waiting
+
+EMBED = Group("minilm", "embed", "{}")
+OTHER = Group("minilm", "embed", '{"normalize":false}')
+
+
+def limits(items: int = 64, padded: int = 10_000) -> Batching:
+    return Batching(max_items=items, max_padded_tokens=padded)
+
+
+def drain(batcher: Batcher[int], limit: Batching) -> list[list[int]]:
+    batches = []
+    while (batch := batcher.take(lambda _: limit)) is not None:
+        batches.append([waiting.payload for waiting in batch.items])
+    return batches
+
+
+def test_empty() -> None:
+    assert Batcher[int]().take(lambda _: limits()) is None
+
+
+def test_equal_lengths_leave_in_order_of_arrival() -> None:
+    batcher: Batcher[int] = Batcher()
+    for number in range(10):
+        batcher.add(Waiting(number, EMBED))
+    assert drain(batcher, limits(items=4)) == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9]]
+
+
+def test_groups_never_mix() -> None:
+    batcher: Batcher[int] = Batcher()
+    for number in range(6):
+        batcher.add(Waiting(number, EMBED if number % 2 else OTHER))
+    assert drain(batcher, limits()) == [[0, 2, 4], [1, 3, 5]]
+
+
+def test_batch_takes_the_neighbours_by_length_of_the_most_urgent() -> None:
+    batcher: Batcher[int] = Batcher()
+    for cost in (10, 500, 11, 480, 12):
+        batcher.add(Waiting(cost, EMBED, cost_tokens=cost))
+    assert drain(batcher, limits(padded=40)) == [[10, 11, 12], [500], [480]]
+
+
+def test_an_item_over_the_budget_runs_by_itself() -> None:
+    batcher: Batcher[int] = Batcher()
+    batcher.add(Waiting(1, EMBED, cost_tokens=9_999))
+    batcher.add(Waiting(2, EMBED, cost_tokens=1))
+    assert drain(batcher, limits(padded=100)) == [[1], [2]]
+
+
+def test_earliest_deadline_first() -> None:
+    batcher: Batcher[int] = Batcher()
+    for number, deadline in enumerate((9.0, 3.0, 6.0)):
+        batcher.add(Waiting(number, EMBED, deadline_s=deadline))
+    assert drain(batcher, limits(items=1)) == [[1], [2], [0]]
+
+
+def test_interactive_goes_before_bulk_that_came_first() -> None:
+    batcher: Batcher[int] = Batcher()
+    batcher.add(Waiting(1, EMBED, lane="bulk"))
+    batcher.add(Waiting(2, EMBED, lane="interactive"))
+    assert drain(batcher, limits()) == [[2], [1]]
+
+
+def test_bulk_gets_a_turn_under_a_stream_of_interactive_work() -> None:
+    batcher: Batcher[int] = Batcher()
+    batcher.add(Waiting(-1, EMBED, lane="bulk"))
+    seen = []
+    for number in range(2 * INTERACTIVE_STREAK):
+        batcher.add(Waiting(number, EMBED))
+        batch = batcher.take(lambda _: limits(items=1))
+        assert batch is not None
+        seen.append(batch.items[0].payload)
+    assert seen.index(-1) == INTERACTIVE_STREAK
+
+
+def test_a_suspect_shares_its_batch_with_nobody() -> None:
+    batcher: Batcher[int] = Batcher()
+    for number in range(4):
+        batcher.add(Waiting(number, EMBED, alone=number == 1))
+    assert drain(batcher, limits()) == [[0, 2, 3], [1]]
+
+
+@given(
+    st.lists(
+        st.tuples(
+            st.integers(1, 400),
+            st.sampled_from(["interactive", "bulk"]),
+            st.sampled_from([EMBED, OTHER]),
+            st.floats(0, 100),
+            st.booleans(),
+        ),
+        max_size=120,
+    ),
+    st.integers(1, 16),
+    st.integers(1, 2_000),
+)
+def test_every_item_leaves_once_within_the_limits(items, max_items, max_padded) -> None:  # type: ignore[no-untyped-def]
+    batcher: Batcher[int] = Batcher()
+    for number, (cost, lane, group, deadline, alone) in enumerate(items):
+        batcher.add(Waiting(number, group, cost, lane, deadline, alone))
+    limit = limits(max_items, max_padded)
+    left = []
+    while (batch := batcher.take(lambda _: limit)) is not None:
+        assert len({waiting.group for waiting in batch.items} | {batch.group}) == 1
+        assert len({waiting.lane for waiting in batch.items}) == 1
+        assert len(batch.items) <= max_items
+        assert len(batch.items) == 1 or batch.padded_tokens <= max_padded
+        assert len(batch.items) == 1 or not any(waiting.alone for waiting in batch.items)
+        costs = [waiting.cost_tokens for waiting in batch.items]
+        assert costs == sorted(costs)
+        left += [waiting.payload for waiting in batch.items]
+    assert sorted(left) == list(range(len(items)))
+    assert len(batcher) == 0

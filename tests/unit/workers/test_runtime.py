@@ -1,0 +1,97 @@
+"""Isolation of bad items, settling of jobs, the answer."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any, Self
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from cortex_tasks.codec import dumps, loads
+from cortex_tasks.errors import CortexError, InferenceFailed, InvalidInput
+from cortex_tasks.payloads import EmbedParams, Params
+from workers.adapters import Adapter, Item, LoadContext
+from workers.runtime import Job, answer, forward_isolating, run_alone
+
+
+class Fragile(Adapter):
+    """Raises when a batch holds a bad item; counts its passes."""
+
+    def __init__(self, bad: set[int]) -> None:
+        self.bad = bad
+        self.passes = 0
+
+    @classmethod
+    def load(cls, context: LoadContext) -> Self:
+        return cls(set())
+
+    @property
+    def size_bytes(self) -> int:
+        return 1
+
+    def example(self, task: str) -> tuple[Sequence[Any], Params]:
+        return [0], EmbedParams()
+
+    def prepare(self, task: str, inputs: Sequence[Any], params: Params) -> list[Item | CortexError]:
+        return [Item(value) for value in inputs]
+
+    def forward(self, task: str, items: Sequence[Item], params: Params) -> Sequence[Any]:
+        self.passes += 1
+        if any(item.data in self.bad for item in items):
+            raise RuntimeError("cannot take it")
+        return [{"n": item.data} for item in items]
+
+
+@given(st.sets(st.integers(0, 63), max_size=6), st.integers(1, 64))
+def test_only_the_bad_items_fail(bad: set[int], size: int) -> None:
+    adapter = Fragile(bad)
+    outcomes = forward_isolating(adapter, "embed", [Item(n) for n in range(size)], EmbedParams())
+    for number, outcome in enumerate(outcomes):
+        if number in bad:
+            assert isinstance(outcome, InferenceFailed)
+        else:
+            assert outcome == {"n": number}
+    guilty = len([n for n in bad if n < size])
+    assert adapter.passes <= 1 + 2 * guilty * math.ceil(math.log2(max(size, 2)))
+
+
+class Short(Fragile):
+    def forward(self, task: str, items: Sequence[Item], params: Params) -> Sequence[Any]:
+        return [{"n": item.data} for item in items][: max(1, len(items) - 1)]
+
+
+def test_a_model_that_loses_an_answer_never_crosses_them() -> None:
+    outcomes = forward_isolating(Short(set()), "embed", [Item(n) for n in range(5)], EmbedParams())
+    assert outcomes == [{"n": n} for n in range(5)]
+
+
+class OwnErrors(Fragile):
+    def forward(self, task: str, items: Sequence[Item], params: Params) -> Sequence[Any]:
+        return [InvalidInput("odd") if item.data % 2 else {"n": item.data} for item in items]
+
+
+def test_an_adapter_may_fail_one_item_by_itself() -> None:
+    outcomes = forward_isolating(OwnErrors(set()), "embed", [Item(n) for n in range(4)], EmbedParams())
+    assert [isinstance(outcome, CortexError) for outcome in outcomes] == [False, True, False, True]
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_the_answer_keeps_order_and_errors(packed: bool) -> None:
+    job = Job("id", "m", "embed", EmbedParams(), [0, InvalidInput("refused", {"limit": 1}), 7], packed=packed)
+    run_alone(job, Fragile({7}))
+    meta = loads(dumps({"status": "SUCCESS", "result": answer(job, "rev")}))
+    items = meta["result"]["items"]
+    assert items[0] == {"value": {"n": 0}}
+    assert items[1] == {"error": {"code": "invalid_input", "message": "refused", "details": {"limit": 1}}}
+    assert items[2]["error"]["code"] == "inference_failed"
+    assert meta["result"]["revision"] == "rev"
+    assert meta["result"]["timings"]["batch_items"] == 2
+
+
+def test_an_answer_is_short_in_logs() -> None:
+    job = Job("id", "m", "embed", EmbedParams(), [0] * 500)
+    run_alone(job, Fragile(set()))
+    assert len(repr(answer(job, "0123456789abcdef"))) < 100

@@ -1,0 +1,240 @@
+"""The worker's Celery app: ``celery -A workers.app worker -Q $(cortex queues nlp)``. The only file that wires."""
+
+from __future__ import annotations
+
+import logging
+import os
+import socket
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, Final
+
+import redis
+from celery import Celery, Task, signals
+from celery.app import trace
+from cortex_tasks.app import make_app
+
+from cortex_tasks.config import FleetConfig, Settings, load_fleet
+from cortex_tasks.errors import CortexError
+from workers.celery_hooks.transport import LeaseKeeper
+from workers.dead_letters import DeadLetters
+from workers.health import Health
+from workers.registry import Registry
+from workers.resources import device, threads_for
+from workers.runner import Events, Runner
+from workers.runtime import Job, answer, run_alone
+from workers.tasks import register_tasks, to_job
+
+__all__ = ["Wiring", "app", "build"]
+
+logger = logging.getLogger(__name__)
+
+#: kombu's own visibility time-out (seconds), for when nobody renews leases.
+_STOCK_VISIBILITY_S: Final = 3_600
+_POOL: Final = "workers.celery_hooks.pool:BatchingPool"
+_BACKEND: Final = "workers.celery_hooks.backend:BatchedRedisBackend"
+_TRANSPORT: Final = "workers.celery_hooks.transport:LeasedTransport"
+
+
+class Wiring:
+    """What the worker's parts share: ``app.cortex``. Built when a worker starts, not when the module is imported."""
+
+    def __init__(self, app: Celery, settings: Settings, fleet: FleetConfig) -> None:
+        self.app = app
+        self.settings = settings
+        self.fleet = fleet
+        self.node = ""
+        self.dead_letters = DeadLetters(self.connect)
+        self._registry: Registry | None = None
+        self._registry_lock = threading.Lock()
+        self._runners: dict[str, Runner] = {}
+        self._lease_keeper: LeaseKeeper | None = None
+        self.health: Health | None = None
+
+    def connect(self) -> redis.Redis:
+        """A client of the broker's Redis, for what Cortex itself keeps there. Time-outs: never hangs."""
+        timeout_s = self.settings.connect_timeout_s
+        return redis.Redis.from_url(
+            self.settings.broker, socket_timeout=max(timeout_s, 5.0), socket_connect_timeout=timeout_s
+        )
+
+    @property
+    def queues(self) -> tuple[str, ...]:
+        """The queues this worker consumes (``-Q``)."""
+        return tuple(self.app.amqp.queues.consume_from)
+
+    @property
+    def image(self) -> str:
+        """CORTEX_IMAGE, else the image whose queues are the consumed ones, else "custom"."""
+        return self.settings.image or image_of(self.fleet, self.queues)
+
+    @property
+    def registry(self) -> Registry:
+        """The models of the consumed queues."""
+        with self._registry_lock:
+            if self._registry is None:
+                queues = set(self.queues)
+                self._registry = Registry(
+                    self.fleet,
+                    [alias for alias, model in self.fleet.models.items() if model.queue in queues],
+                    threads=threads_for(self.fleet.images.get(self.image)),
+                    device=device(),
+                    models_dir=self.settings.models_dir,
+                    clock=time.monotonic,
+                )
+            return self._registry
+
+    def start(self, events: Events) -> None:
+        """Load the pinned models, side by side, and start the threads. Returns when all are warm or known to fail."""
+        registry = self.registry
+        self._runners = {
+            alias: Runner(alias, registry, events) for alias, m in registry.models.items() if m.config.children
+        }
+        local = Runner("local", registry, events)
+        for alias in registry.models:
+            self._runners.setdefault(alias, local)
+        runners = list(dict.fromkeys(self._runners.values()))
+        self.health = Health(
+            node=self.node,
+            image=self.image,
+            host=socket.gethostname(),
+            queues=self.queues,
+            registry=registry,
+            runners=runners,
+            in_flight=getattr(events, "in_flight", dict),
+            connect=self.connect,
+        )
+        self.health.start()
+        pinned = [alias for alias, model in registry.models.items() if model.config.load == "pinned"]
+        with ThreadPoolExecutor(max_workers=max(1, len(pinned)), thread_name_prefix="load") as executor:
+            list(executor.map(self._load_pinned, pinned))
+        for runner in runners:
+            runner.start()
+        if self.settings.transport == "cortex":
+            self._lease_keeper = LeaseKeeper(self.connect, self.fleet.delivery.lease_s)
+            self._lease_keeper.start()
+
+    def _load_pinned(self, alias: str) -> None:
+        try:
+            self.registry.load(alias)
+        except CortexError:
+            # Logged by the registry, shown by `cortex models`; the other models serve, and a job tries again.
+            logger.error("pinned model %s is unavailable; the worker starts without it", alias)
+
+    def submit(self, job: Job) -> None:
+        self._runners[job.model].submit(job)
+
+    def stop_runners(self) -> list[Runner]:
+        """Tell the runners to finish what has started; returns those still to be joined."""
+        if self.health is not None:
+            self.health.announce("stopping")
+        runners = [runner for runner in dict.fromkeys(self._runners.values()) if runner.ident is not None]
+        for runner in runners:
+            runner.stop()
+        return runners
+
+    def close(self) -> None:
+        if self._lease_keeper is not None:
+            self._lease_keeper.stop()
+        if self.health is not None:
+            self.health.stop()
+        if self._registry is not None:
+            self._registry.close()
+
+    def run_alone(self, task: Task, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+        """A batch of one, for stock pools and eager calls. Returns the answer or the error."""
+        headers = {**task.request, "expires": None}
+        try:
+            job = to_job(task.request.id or "", task.name, args, kwargs, self.fleet, headers)
+            model = self.registry.load(job.model)
+        except CortexError as error:
+            return error
+        run_alone(job, model.loaded)
+        return answer(job, model.revision)
+
+
+def image_of(fleet: FleetConfig, queues: Sequence[str]) -> str:
+    """The image that consumes exactly these queues, with or without a GPU; "custom" when none does."""
+    wanted = set(queues)
+    for name, image in fleet.images.items():
+        if wanted and wanted in (set(image.consumed(gpu=False)), set(image.consumed(gpu=True))):
+            return name
+    return "custom"
+
+
+def build(settings: Settings | None = None, fleet: FleetConfig | None = None) -> Celery:
+    """The worker's app, wired: the light client's app plus pool, backend, task bodies."""
+    settings = settings or Settings.from_env()
+    fleet = fleet or load_fleet(settings.queues_file)
+    app = make_app(settings, fleet)
+    app.cortex = Wiring(app, settings, fleet)
+    app.conf.update(
+        task_acks_late=True,
+        task_reject_on_worker_lost=True,
+        worker_prefetch_multiplier=1,
+        worker_send_task_events=True,
+        worker_hijack_root_logger=True,
+        worker_enable_remote_control=True,
+        worker_cancel_long_running_tasks_on_connection_loss=False,
+        broker_connection_retry_on_startup=True,
+    )
+    if settings.pool == "cortex":
+        app.conf.worker_pool = _POOL
+    if settings.backend == "cortex":
+        app.conf.result_backend = f"{_BACKEND}+{settings.results}"
+    register_tasks(app)
+    return app
+
+
+@signals.celeryd_init.connect
+def _configure_worker(
+    sender: str | None = None, instance: Any = None, conf: Any = None, options: Any = None, **_: Any
+) -> None:
+    """A worker process (not Flower, not a client) is about to start: name it, size its prefetch, hook its transport."""
+    wiring: Wiring | None = getattr(instance.app, "cortex", None)
+    if wiring is None:
+        return
+    queues = _queue_names((options or {}).get("queues")) or wiring.fleet.queues
+    if sender and sender.startswith("celery@"):
+        # Two workers on a host need two names, and no flag should be needed for that.
+        image = wiring.settings.image or image_of(wiring.fleet, queues)
+        instance.hostname = f"{image}.{os.getpid()}@{sender.partition('@')[2]}"
+        trace.setup_worker_optimizations(instance.app, instance.hostname)
+    wiring.node = instance.hostname
+    if wiring.settings.pool == "cortex":
+        conf.worker_concurrency = prefetch_jobs(wiring.fleet, queues)
+    if wiring.settings.transport == "cortex":
+        conf.broker_transport = _TRANSPORT
+    else:
+        conf.broker_transport_options = {**conf.broker_transport_options, "visibility_timeout": _STOCK_VISIBILITY_S}
+
+
+def _queue_names(given: Any) -> tuple[str, ...]:
+    if isinstance(given, str):
+        given = given.split(",")
+    return tuple(name.strip() for name in given or () if name.strip())
+
+
+def prefetch_jobs(fleet: FleetConfig, queues: Sequence[str]) -> int:
+    """Jobs a worker holds at once: twice its largest batch, so that the next one is ready when one ends."""
+    largest = [model.batching.max_items for model in fleet.models.values() if model.queue in queues]
+    return 2 * max(largest, default=1)
+
+
+@signals.worker_ready.connect
+def _announce_ready(sender: Any = None, **_: Any) -> None:
+    wiring: Wiring | None = getattr(sender.app, "cortex", None)
+    if wiring is not None and wiring.health is not None:
+        wiring.health.announce("ready")
+
+
+@signals.worker_shutting_down.connect
+def _announce_stopping(sender: Any = None, **_: Any) -> None:
+    wiring: Wiring | None = getattr(app, "cortex", None)
+    if wiring is not None and wiring.health is not None:
+        wiring.health.announce("stopping")
+
+
+app = build()

@@ -1,0 +1,148 @@
+"""Who runs next, and together with whom. Pure: no threads, no clocks of its own, no models.
+
+Items wait in two lanes. The head is the item with the earliest deadline, then the earliest arrival, of the lane
+whose turn it is: interactive first, with one bulk batch after ``INTERACTIVE_STREAK`` interactive ones while bulk
+waits, so that neither lane starves. The batch is filled with the head's neighbours *by length* of the same group
+and lane, so that little is padded, up to the model's budget. Length-sorted filling with a padded-token budget is
+text-embeddings-inference's and infinity's; taking the window around the most urgent item is ours.
+"""
+
+from __future__ import annotations
+
+import heapq
+import math
+from bisect import bisect_left, insort
+from collections import defaultdict
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from itertools import count
+from typing import Final, Generic, NamedTuple, TypeVar
+
+from cortex_tasks.config import Batching
+from cortex_tasks.payloads import Lane
+
+__all__ = ["INTERACTIVE_STREAK", "Batch", "Batcher", "Group", "Waiting"]
+
+T = TypeVar("T")
+
+#: Interactive batches in a row after which a waiting bulk batch gets its turn.
+INTERACTIVE_STREAK: Final = 8
+
+
+class Group(NamedTuple):
+    """Items of one group may share a forward pass."""
+
+    model: str
+    task: str
+    #: Canonical parameters.
+    params: str
+
+
+@dataclass(slots=True, eq=False)
+class Waiting(Generic[T]):
+    """One item that waits. ``deadline_s`` and arrival are on the caller's clock (seconds)."""
+
+    payload: T
+    group: Group
+    cost_tokens: int = 1
+    lane: Lane = "interactive"
+    deadline_s: float = math.inf
+    #: Must not share its batch with other jobs' items (it may have killed a worker).
+    alone: bool = False
+    _seq: int = field(default=0, repr=False)
+    _taken: bool = field(default=False, repr=False)
+
+
+@dataclass(frozen=True, slots=True)
+class Batch(Generic[T]):
+    """Items for one forward pass, shortest first."""
+
+    group: Group
+    items: list[Waiting[T]]
+
+    @property
+    def padded_tokens(self) -> int:
+        return len(self.items) * max(item.cost_tokens for item in self.items)
+
+
+class Batcher(Generic[T]):
+    """Holds waiting items and hands out batches."""
+
+    def __init__(self) -> None:
+        self._seq = count()
+        self._size = 0
+        self._streak = 0
+        #: lane -> heap of (deadline, seq, item); taken items stay until they surface.
+        self._heads: dict[Lane, list[tuple[float, int, Waiting[T]]]] = {"interactive": [], "bulk": []}
+        #: (group, lane) -> (cost, seq, item), sorted.
+        self._by_length: dict[tuple[Group, Lane], list[tuple[int, int, Waiting[T]]]] = defaultdict(list)
+
+    def __len__(self) -> int:
+        return self._size
+
+    def add(self, item: Waiting[T]) -> None:
+        """Put an item in line. O(log n) comparisons."""
+        item._seq = next(self._seq)
+        heapq.heappush(self._heads[item.lane], (item.deadline_s, item._seq, item))
+        if not item.alone:
+            insort(self._by_length[item.group, item.lane], (item.cost_tokens, item._seq, item))
+        self._size += 1
+
+    def take(self, budget: Callable[[str], Batching]) -> Batch[T] | None:
+        """The next batch, or None when nothing waits. ``budget`` gives a model's batching limits."""
+        lane = self._next_lane()
+        if lane is None:
+            return None
+        head = heapq.heappop(self._heads[lane])[2]
+        limit = budget(head.group.model)
+        chosen = [head] if head.alone else self._fill(head, limit)
+        for item in chosen:
+            item._taken = True
+        self._size -= len(chosen)
+        return Batch(head.group, chosen)
+
+    def _next_lane(self) -> Lane | None:
+        interactive, bulk = (self._surface(lane) for lane in ("interactive", "bulk"))
+        if interactive and bulk:
+            self._streak += 1
+            if self._streak <= INTERACTIVE_STREAK:
+                return "interactive"
+        self._streak = 0
+        return "interactive" if interactive and not bulk else "bulk" if bulk else None
+
+    def _surface(self, lane: Lane) -> bool:
+        """Drop taken items from the top of a lane's heap; True when one still waits."""
+        heap = self._heads[lane]
+        while heap and heap[0][2]._taken:
+            heapq.heappop(heap)
+        return bool(heap)
+
+    def _fill(self, head: Waiting[T], limit: Batching) -> list[Waiting[T]]:
+        """The head and its nearest neighbours by length, within the limits; the head always goes."""
+        key = (head.group, head.lane)
+        line = self._by_length[key]
+        start = bisect_left(line, (head.cost_tokens, head._seq))
+        low, high = start, start + 1
+        while high - low < limit.max_items:
+            longer = line[high][0] if high < len(line) else None
+            shorter = line[low - 1][0] if low else None
+            longest = line[high - 1][0]
+            size = high - low + 1
+            fits_longer = longer is not None and longer * size <= limit.max_padded_tokens
+            fits_shorter = shorter is not None and longest * size <= limit.max_padded_tokens
+            if fits_longer and (not fits_shorter or _nearer(head.cost_tokens, longer, shorter)):
+                high += 1
+            elif fits_shorter:
+                low -= 1
+            else:
+                break
+        chosen = [entry[2] for entry in line[low:high]]
+        del line[low:high]
+        if not line:
+            del self._by_length[key]
+        return chosen
+
+
+def _nearer(cost: int, longer: int | None, shorter: int | None) -> bool:
+    """Whether the longer neighbour is at least as near to ``cost`` as the shorter one."""
+    return shorter is None or (longer is not None and longer - cost <= cost - shorter)

@@ -1,0 +1,339 @@
+"""The worker pool: gathers the jobs that wait into batches, and gives each its own result.
+
+Celery's side of a job (events, results, acks, callbacks, chords) stays stock, and all of it happens on the hub's
+thread: the pool hands a job to a runner thread, and when the runner has its outcome, the hub traces the task,
+whose ``__call__`` finds the outcome in ``workers.tasks.slot``. The results of all the jobs that finished together
+are stored in one round trip, then each is acknowledged.
+
+Touches celery 5.7's ``BasePool.on_apply`` contract (``accept_callback.__self__`` is the Request),
+``Request._payload``, ``Request._already_revoked`` and ``celery.worker.state.revoked``.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from itertools import count
+from typing import Any, Final
+
+from billiard.einfo import ExceptionInfo
+from celery import signals
+from celery.concurrency.base import BasePool, apply_target
+from celery.worker import state as worker_state
+from redis.exceptions import RedisError
+
+from cortex_tasks.errors import CortexError, PoisonJob
+from workers.celery_hooks.backend import BatchedRedisBackend
+from workers.runtime import Job, answer
+from workers.tasks import InferenceTask, slot, to_job
+
+__all__ = ["BatchingPool", "Ticket"]
+
+logger = logging.getLogger(__name__)
+
+#: Seconds between tries to store results while Redis is away.
+_FLUSH_RETRY_S: Final = 0.5
+#: How long a warm shutdown waits for a Redis that is away.
+_STOP_PATIENCE_S: Final = 30.0
+#: Jobs traced in one go before the hub may look at its sockets again.
+_TRACE_CHUNK: Final = 256
+
+
+@dataclass(slots=True, eq=False, weakref_slot=True)
+class Ticket:
+    """Celery's side of one job: what to call, and what was called. The pool's result handle as well."""
+
+    pool: BatchingPool
+    #: The job's own number: what Celery takes for a pid.
+    number: int
+    request: Any
+    #: Celery's tracer and its arguments.
+    target: Callable[..., Any]
+    target_args: Sequence[Any]
+    accept: Callable[..., Any]
+    callback: Callable[..., Any]
+    error_callback: Callable[..., Any]
+    job: Job | None = None
+    outcome: Any = None
+    accepted: bool = False
+    done: bool = False
+
+    def terminate(self, signal: Any = None) -> None:
+        """Celery's ``revoke(terminate=True)``: a job that has not started is dropped, a started one finishes."""
+        self.pool.terminate_job(self.number, signal)
+
+
+class BatchingPool(BasePool):
+    """``worker_pool = "workers.celery_hooks.pool:BatchingPool"``; the app carries its wiring as ``app.cortex``."""
+
+    uses_semaphore = False
+    signal_safe = False
+    body_can_be_buffer = True
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._numbers = count(1)
+        self._tickets: dict[int, Ticket] = {}
+        self._inbox: deque[tuple[str, Sequence[Job]]] = deque()
+        self._unstored: list[tuple[Ticket, Any]] = []
+        self._hub: Any = None
+        self._scheduled = False
+        self.draining = False
+
+    # --------------------------------------------------------------------------- life of the pool
+
+    def on_start(self) -> None:
+        """Load and warm the pinned models: the worker consumes only after this returns."""
+        signals.worker_process_init.send(sender=None)
+        self.app.cortex.start(self)
+
+    def register_with_event_loop(self, loop: Any) -> None:
+        self._hub = loop
+
+    def on_stop(self, patience_s: float = _STOP_PATIENCE_S) -> None:
+        """Warm shutdown: what has started is finished and acknowledged, the rest goes back to its queue.
+
+        ``patience_s``: how long to wait for a Redis that is away; after that the leases run out and other workers
+        answer the jobs again.
+        """
+        self.draining = True
+        runners = self.app.cortex.stop_runners()
+        while any(runner.is_alive() for runner in runners):
+            self._drain()
+            for runner in runners:
+                runner.join(0.01)
+        deadline_s = time.monotonic() + patience_s
+        while self._inbox or (self._unstored and time.monotonic() < deadline_s):
+            self._drain()
+            if self._unstored:
+                time.sleep(_FLUSH_RETRY_S)
+        for ticket in list(self._tickets.values()):
+            self._give_back(ticket)
+        self.app.cortex.close()
+
+    def on_terminate(self) -> None:
+        """Cold shutdown: the same, without waiting for Redis."""
+        self.on_stop(patience_s=0)
+
+    def terminate_job(self, pid: int, signal: Any = None) -> None:
+        """Drop one job if it has not started. ``pid`` is the job's own number (see ``on_apply``)."""
+        ticket = self._tickets.get(pid)
+        if ticket is not None and ticket.job is not None and not ticket.job.started:
+            self._drop(ticket)
+
+    # ------------------------------------------------------------------------------ jobs come in
+
+    def on_apply(
+        self,
+        target: Callable[..., Any],
+        args: Sequence[Any] = (),
+        kwargs: Any = None,
+        accept_callback: Any = None,
+        callback: Any = None,
+        error_callback: Any = None,
+        **options: Any,
+    ) -> Any:
+        """Take one request from the consumer, on the hub's thread."""
+        request = getattr(accept_callback, "__self__", None)
+        if request is None or not isinstance(request.task, InferenceTask):
+            return apply_target(target, args, kwargs, callback, accept_callback, **options)
+        # The payload was decoded once, by the Request: trace gets it decoded.
+        name, task_id, headers = args[:3]
+        target_args = (name, task_id, headers, request._payload, None, None)
+        ticket = Ticket(
+            self, next(self._numbers), request, target, target_args, accept_callback, callback, error_callback
+        )
+        self._tickets[ticket.number] = ticket
+        try:
+            ticket.job = self._read(ticket, name, task_id, headers)
+        except CortexError as error:
+            ticket.outcome = error
+            self._complete([ticket])
+            return ticket
+        self.app.cortex.submit(ticket.job)
+        return ticket
+
+    def _read(self, ticket: Ticket, name: str, task_id: str, headers: dict[str, Any]) -> Job:
+        args, kwargs, _ = ticket.request._payload
+        cortex = self.app.cortex
+        job = to_job(task_id, name, args, kwargs, cortex.fleet, headers)
+        cortex.registry.model(job.model)
+        job.suspect = bool(ticket.request.delivery_info.get("redelivered"))
+        job.ticket = ticket
+        return job
+
+    # ------------------------------------------------- what runners tell, on the runners' threads
+
+    def started(self, jobs: Sequence[Job]) -> None:
+        self._tell("started", jobs)
+
+    def finished(self, jobs: Sequence[Job]) -> None:
+        self._tell("finished", jobs)
+
+    def dropped(self, jobs: Sequence[Job]) -> None:
+        self._tell("dropped", jobs)
+
+    def unwanted(self, job: Job) -> bool:
+        return job.ticket.done or job.deadline_s < time.time() or job.id in worker_state.revoked
+
+    def may_run(self, job: Job) -> CortexError | None:
+        """Count a suspect's attempts (it runs alone, so only a guilty one dies again); park it beyond the limit."""
+        cortex = self.app.cortex
+        limit = cortex.fleet.models[job.model].limits.attempts
+        attempts = cortex.dead_letters.count_attempt(job.id)
+        # Its first run, in a batch, was not counted.
+        if attempts < limit:
+            return None
+        reason = f"its worker died {limit} times while running it"
+        request = job.ticket.request
+        cortex.dead_letters.park(cortex.fleet.models[job.model].queue, job.id, reason, request.message._raw)
+        return PoisonJob(f"job {job.id} of model {job.model!r} was parked: {reason}", {"attempts": limit})
+
+    def _tell(self, what: str, jobs: Sequence[Job]) -> None:
+        self._inbox.append((what, jobs))
+        if self._hub is not None and not self._scheduled:
+            self._scheduled = True
+            self._hub.call_soon(self._drain)
+
+    # -------------------------------------------------------------------- on the hub's thread again
+
+    def _drain(self) -> None:
+        """Act on all that the runners told so far."""
+        self._scheduled = False
+        finished: list[Ticket] = []
+        while self._inbox and len(finished) < _TRACE_CHUNK:
+            what, jobs = self._inbox.popleft()
+            tickets = [job.ticket for job in jobs if not job.ticket.done]
+            if what == "started":
+                self._accept(tickets)
+            elif what == "dropped":
+                for ticket in tickets:
+                    self._drop(ticket)
+            else:
+                finished += tickets
+        for ticket in finished:
+            ticket.outcome = self._outcome(ticket.job)
+        self._complete(finished)
+        if self._inbox and self._hub is not None and not self._scheduled:
+            self._scheduled = True
+            self._hub.call_soon(self._drain)
+
+    def _outcome(self, job: Job | None) -> Any:
+        assert job is not None
+        if job.failure is not None:
+            return job.failure
+        return answer(job, self.app.cortex.registry.model(job.model).revision)
+
+    def _accept(self, tickets: Sequence[Ticket]) -> None:
+        for ticket in tickets:
+            if not ticket.accepted:
+                ticket.accepted = True
+                # A number of the job's own, so that terminate_job addresses one job.
+                ticket.accept(ticket.number, time.monotonic())
+
+    def _complete(self, tickets: Sequence[Ticket]) -> None:
+        """Trace each job, store all results in one round trip, then acknowledge each."""
+        self._accept(tickets)
+        backend = self.app.backend
+        batched = isinstance(backend, BatchedRedisBackend)
+        with backend.collecting() if batched else nullcontext():
+            for ticket in tickets:
+                if ticket.done or ticket.request._already_revoked:
+                    self._forget(ticket)
+                    continue
+                ticket.done = True
+                self._unstored.append((ticket, self._trace(ticket)))
+        self._store()
+
+    def _trace(self, ticket: Ticket) -> Any:
+        """Run Celery's tracer over the outcome; returns its triple, or the ExceptionInfo of what it raised."""
+        slot.put(ticket.outcome)
+        try:
+            failed, value, runtime_s = ticket.target(*ticket.target_args)
+        except Exception:
+            return ExceptionInfo()
+        finally:
+            slot.take()
+        model_s = ticket.job.watch.model_s if ticket.job else 0.0
+        return failed, value, (runtime_s or 0.0) + model_s
+
+    def _store(self) -> None:
+        """Flush results and call back; while Redis is away, keep them and try again."""
+        if not self._unstored:
+            return
+        backend = self.app.backend
+        if isinstance(backend, BatchedRedisBackend):
+            try:
+                backend.flush()
+            except (RedisError, OSError) as error:
+                logger.warning("%d results wait for Redis: %s", len(self._unstored), type(error).__name__)
+                if self._hub is not None and not self.draining:
+                    self._hub.call_later(_FLUSH_RETRY_S, self._store)
+                return
+        stored, self._unstored = self._unstored, []
+        for ticket, returned in stored:
+            self._forget(ticket)
+            try:
+                if isinstance(returned, ExceptionInfo):
+                    ticket.error_callback(returned)
+                else:
+                    ticket.callback(returned)
+            except (RedisError, OSError) as error:
+                # Not acknowledged: it is delivered again when its lease ends, and gives the same answer.
+                logger.warning("job %s was answered but not acknowledged: %s", ticket.request.id, type(error).__name__)
+
+    def _drop(self, ticket: Ticket) -> None:
+        """A job that will not run: revoked or expired (Celery says so and acknowledges), or given back."""
+        request = ticket.request
+        if request._terminate_on_ack is not None:
+            self._accept([ticket])
+            self._settle_unrun(ticket)
+        elif request.revoked():
+            self._settle_unrun(ticket)
+        else:
+            self._give_back(ticket)
+
+    def _settle_unrun(self, ticket: Ticket) -> None:
+        ticket.done = True
+        self._forget(ticket)
+
+    def _give_back(self, ticket: Ticket) -> None:
+        """Back to the head of its queue, for another worker."""
+        if ticket.done or ticket.request.acknowledged:
+            self._forget(ticket)
+            return
+        ticket.done = True
+        self._forget(ticket)
+        try:
+            ticket.request.reject(requeue=True)
+        except (RedisError, OSError) as error:
+            logger.warning("job %s could not be given back: %s", ticket.request.id, type(error).__name__)
+
+    def _forget(self, ticket: Ticket) -> None:
+        self._tickets.pop(ticket.number, None)
+
+    # --------------------------------------------------------------------------------- what is shown
+
+    def in_flight(self) -> dict[str, int]:
+        """Jobs taken and not yet answered, by queue. Called by the health thread."""
+        counts: dict[str, int] = {}
+        for ticket in list(self._tickets.values()):
+            if ticket.job is not None:
+                queue = self.app.cortex.fleet.models[ticket.job.model].queue
+                counts[queue] = counts.get(queue, 0) + 1
+        return counts
+
+    def _get_info(self) -> dict[str, Any]:
+        """Shown key by key on Flower's worker page."""
+        info: dict[str, Any] = super()._get_info()
+        info["jobs-in-flight"] = len(self._tickets)
+        for model in self.app.cortex.registry.models.values():
+            mean = model.items / model.batches if model.batches else 0.0
+            info[f"model-{model.alias}"] = (
+                f"{model.state}, {model.jobs} jobs, {model.items} items in {model.batches} batches (mean {mean:.1f})"
+            )
+        return info

@@ -1,0 +1,51 @@
+"""Attempts of suspect jobs, and the list where poison is parked, in Redis.
+
+``cortex:dead:<queue>`` holds JSON objects ``{"id", "reason", "at", "message"}``, newest first, at most
+DEAD_LETTERS_MAX; ``message`` is the job's message as it was, so that it can be put back into its queue.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Mapping
+from typing import Any, Final
+
+__all__ = ["DEAD_LETTERS_MAX", "DeadLetters", "dead_letter_key"]
+
+DEAD_LETTERS_MAX: Final = 10_000
+_ATTEMPTS_TTL_S: Final = 86_400
+
+
+def dead_letter_key(queue: str) -> str:
+    return f"cortex:dead:{queue}"
+
+
+class DeadLetters:
+    """``connect`` gives a redis-py client; it is called once, by the thread that first needs it."""
+
+    def __init__(self, connect: Callable[[], Any], clock: Callable[[], float] = time.time) -> None:
+        self._connect = connect
+        self._clock = clock
+        self._client: Any = None
+
+    @property
+    def _redis(self) -> Any:
+        self._client = self._client or self._connect()
+        return self._client
+
+    def count_attempt(self, job_id: str) -> int:
+        """One more start of a suspect job; returns how many there have been."""
+        key = f"cortex:attempts:{job_id}"
+        with self._redis.pipeline() as pipe:
+            pipe.incr(key)
+            pipe.expire(key, _ATTEMPTS_TTL_S)
+            return int(pipe.execute()[0])
+
+    def park(self, queue: str, job_id: str, reason: str, message: Mapping[str, Any]) -> None:
+        """Put a job on its queue's dead-letter list."""
+        entry = json.dumps({"id": job_id, "reason": reason, "at": self._clock(), "message": message})
+        with self._redis.pipeline() as pipe:
+            pipe.lpush(dead_letter_key(queue), entry)
+            pipe.ltrim(dead_letter_key(queue), 0, DEAD_LETTERS_MAX - 1)
+            pipe.execute()

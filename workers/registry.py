@@ -1,0 +1,209 @@
+"""alias -> loaded model. Loads, warms, names the revision, and remembers why a model is unavailable."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import threading
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final, Literal
+
+from cortex_tasks.config import FleetConfig, ModelConfig
+from cortex_tasks.errors import CortexError, ModelUnavailable, UnknownModel
+from cortex_tasks.presence import ModelCard
+from workers.adapters import Adapter, LoadContext, adapter_class
+from workers.children import ChildHost
+from workers.store.sources import Snapshot, resolve
+
+__all__ = ["RETRY_LOAD_S", "Model", "Registry", "revision_of"]
+
+logger = logging.getLogger(__name__)
+
+#: A load that failed is tried again by the next job after this long.
+RETRY_LOAD_S: Final = 30.0
+
+State = Literal["idle", "loading", "ready", "unavailable"]
+
+
+@dataclass(slots=True)
+class Model:
+    """One alias in this worker. Counters are written by the model's runner thread only."""
+
+    alias: str
+    config: ModelConfig
+    state: State = "idle"
+    adapter: Adapter | None = None
+    revision: str = ""
+    reason: str = ""
+    error: CortexError | None = None
+    failed_at_s: float = 0.0
+    load_ms: float = 0.0
+    warm_ms: float = 0.0
+    jobs: int = 0
+    items: int = 0
+    batches: int = 0
+
+    @property
+    def loaded(self) -> Adapter:
+        """The adapter of a ready model. Raises ModelUnavailable otherwise."""
+        if self.adapter is None:
+            raise self.error or ModelUnavailable(f"model {self.alias!r} is not loaded")
+        return self.adapter
+
+    def card(self) -> ModelCard:
+        return ModelCard(
+            alias=self.alias,
+            queue=self.config.queue,
+            state=self.state,
+            revision=self.revision,
+            adapter=self.config.adapter,
+            backend=self.config.backend,
+            precision=self.config.precision,
+            reason=self.reason,
+            size_bytes=self.adapter.size_bytes if self.adapter else 0,
+            load_ms=round(self.load_ms, 1),
+            warm_ms=round(self.warm_ms, 1),
+            jobs=self.jobs,
+            items=self.items,
+            batches=self.batches,
+        )
+
+
+def revision_of(config: ModelConfig, adapter: Adapter, digest: str) -> str:
+    """The digest (32 hex digits) of all that decides an answer: weights, tokenizer and configuration (the
+    snapshot's digest), adapter and its version, library, numeric class and options."""
+    parts = [digest, config.adapter, adapter.version, adapter.library, config.backend, config.precision]
+    text = json.dumps([*parts, config.options], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:32]
+
+
+class Registry:
+    """The models of one worker. ``load`` may be called from any thread; one load of a model runs at a time."""
+
+    def __init__(
+        self,
+        fleet: FleetConfig,
+        aliases: Iterable[str],
+        *,
+        threads: int,
+        device: str,
+        models_dir: Path | None,
+        clock: Callable[[], float],
+    ) -> None:
+        self.models = {alias: Model(alias, fleet.models[alias]) for alias in aliases}
+        self._process_pool_bytes = fleet.memory_config.process_pool
+        self._threads = threads
+        self._device = device
+        self._models_dir = models_dir
+        self._clock = clock
+        self._locks = {alias: threading.Lock() for alias in self.models}
+
+    def model(self, alias: str) -> Model:
+        """Raises UnknownModel when this worker does not host the alias."""
+        found = self.models.get(alias)
+        if found is None:
+            raise UnknownModel(
+                f"model {alias!r} is not served by this worker, which serves {', '.join(self.models)}; "
+                "the job was sent to the wrong queue",
+                {"model": alias},
+            )
+        return found
+
+    def may_load(self, model: Model) -> bool:
+        """Whether a load should be tried now: not ready, and not failed a moment ago."""
+        failed_lately = model.error is not None and self._clock() - model.failed_at_s < RETRY_LOAD_S
+        return model.state != "ready" and not failed_lately
+
+    def load(self, alias: str) -> Model:
+        """Load and warm a model unless it is ready. Raises ModelUnavailable; the reason stays on the model."""
+        model = self.model(alias)
+        with self._locks[alias]:
+            if model.state == "ready":
+                return model
+            model.state = "loading"
+            try:
+                self._load(model)
+            except Exception as error:
+                model.error = _as_unavailable(alias, error)
+                model.failed_at_s = self._clock()
+                model.reason = str(model.error)
+                model.state = "unavailable"
+                logger.warning("model %s is unavailable: %s", alias, model.reason)
+                raise model.error from error
+            model.error = None
+            model.state = "ready"
+            logger.info("model %s@%s loaded in %.0f ms, warm in %.0f ms", alias, model.revision[:12],
+                        model.load_ms, model.warm_ms)  # fmt: skip
+            return model
+
+    def close(self) -> None:
+        for model in self.models.values():
+            if model.adapter is not None:
+                model.adapter.close()
+
+    def _load(self, model: Model) -> None:
+        config = model.config
+        started = self._clock()
+        cls = adapter_class(config.adapter)
+        snapshot, missing = self._snapshot(config, optional=cls.weights_optional)
+        context = LoadContext(
+            alias=model.alias,
+            snapshot=snapshot.path,
+            digest=snapshot.digest,
+            tasks=config.tasks,
+            options=config.options,
+            threads=self._threads,
+            device=self._device,
+            precision=config.precision,
+        )
+        adapter = self._host(config, context) if config.children else cls.load(context)
+        loaded = self._clock()
+        try:
+            _warm(adapter, config.tasks)
+        except BaseException:
+            adapter.close()
+            raise
+        model.adapter = adapter
+        model.revision = revision_of(config, adapter, snapshot.digest)
+        model.reason = adapter.note or missing
+        model.load_ms, model.warm_ms = (loaded - started) * 1e3, (self._clock() - loaded) * 1e3
+
+    def _host(self, config: ModelConfig, context: LoadContext) -> ChildHost:
+        return ChildHost(
+            config.adapter,
+            context,
+            config.children,
+            time_limit_s=config.limits.time_limit_s,
+            memory_limit_bytes=None,
+        )
+
+    def _snapshot(self, config: ModelConfig, *, optional: bool) -> tuple[Snapshot, str]:
+        try:
+            return resolve(config.source, config.revision, models_dir=self._models_dir), ""
+        except ModelUnavailable as error:
+            if not optional:
+                raise
+            return Snapshot(path=None, digest="", source=config.source), str(error)
+
+
+def _warm(adapter: Adapter, tasks: Iterable[str]) -> None:
+    """One real pass of each task, so that the first job pays for nothing."""
+    for task in tasks:
+        inputs, params = adapter.example(task)
+        items = adapter.prepare(task, inputs, params)
+        good = [item for item in items if not isinstance(item, CortexError)]
+        if not good:
+            raise ModelUnavailable(f"the adapter's own example for {task!r} was refused: {items}")
+        adapter.finish(task, good, adapter.forward(task, good, params), params)
+
+
+def _as_unavailable(alias: str, error: Exception) -> CortexError:
+    if isinstance(error, CortexError):
+        return error
+    # Not a known cause (a full disk, no memory, a torn file): the same load may succeed later.
+    return ModelUnavailable(
+        f"model {alias!r} could not be loaded: {type(error).__name__}: {str(error)[:300]}", {"transient": True}
+    )

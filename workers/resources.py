@@ -1,0 +1,54 @@
+"""What this process may use: CPUs by affinity, cgroup (v1 and v2) and the image's limit; the device."""
+
+from __future__ import annotations
+
+import math
+import os
+from pathlib import Path
+
+from cortex_tasks.config import ImageConfig
+
+__all__ = ["available_cpus", "cgroup_cpus", "device", "threads_for"]
+
+
+def cgroup_cpus(root: Path = Path("/sys/fs/cgroup")) -> float | None:
+    """The CPU quota of this process's cgroup in CPUs, None when there is none or it cannot be read."""
+    try:
+        quota, _, period = (root / "cpu.max").read_text().strip().partition(" ")
+        return None if quota == "max" else int(quota) / int(period or 100_000)
+    except (OSError, ValueError):
+        pass
+    try:
+        quota_us = int((root / "cpu/cpu.cfs_quota_us").read_text())
+        period_us = int((root / "cpu/cpu.cfs_period_us").read_text())
+    except (OSError, ValueError):
+        return None
+    return quota_us / period_us if quota_us > 0 and period_us > 0 else None
+
+
+def available_cpus() -> float:
+    """CPUs this process can really use."""
+    affinity = float(len(os.sched_getaffinity(0)))
+    return min(affinity, cgroup_cpus() or affinity)
+
+
+def threads_for(image: ImageConfig | None) -> int:
+    """Compute threads for the models of a worker: the image's CPU limit, as far as the machine has them."""
+    cpus = available_cpus()
+    if image is not None:
+        cpus = min(cpus, image.cpus)
+    return max(1, math.floor(cpus))
+
+
+def device() -> str:
+    """``cuda`` where a CUDA device works (CORTEX_DEVICE overrides), else ``cpu``. Loads torch only if a GPU shows."""
+    chosen = os.environ.get("CORTEX_DEVICE")
+    if chosen:
+        return chosen
+    if not Path("/dev/nvidiactl").exists():
+        return "cpu"
+    try:
+        import torch
+    except ImportError:
+        return "cpu"
+    return "cuda" if torch.cuda.is_available() else "cpu"

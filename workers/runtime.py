@@ -1,0 +1,165 @@
+"""Jobs and the stages of their items: prepare, forward with isolation of bad items, finish, answer.
+
+Knows adapters and timing; knows nothing of Celery, threads or Redis.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from cortex_tasks.codec import Answer
+from cortex_tasks.errors import CortexError, InferenceFailed
+from cortex_tasks.payloads import Lane, Params, Timings
+from workers.adapters import Adapter, Item
+from workers.batching import Group
+
+__all__ = ["Job", "Stopwatch", "answer", "forward_isolating", "run_alone"]
+
+
+@dataclass(slots=True)
+class Stopwatch:
+    """Where a job's time went so far, in milliseconds."""
+
+    queue_ms: float = 0.0
+    prepare_ms: float = 0.0
+    forward_ms: float = 0.0
+    finish_ms: float = 0.0
+    batch_items: int = 0
+
+    @property
+    def model_s(self) -> float:
+        """Seconds spent on the model's side of the job: what a runtime should include."""
+        return (self.prepare_ms + self.forward_ms + self.finish_ms) / 1e3
+
+
+@dataclass(slots=True, eq=False)
+class Job:
+    """One job in this worker.
+
+    An input that is a CortexError was refused already; it is its own outcome. ``outcomes`` fills up item by
+    item; None marks one still open.
+    """
+
+    id: str
+    model: str
+    task: str
+    params: Params
+    inputs: Sequence[Any]
+    lane: Lane = "interactive"
+    #: Epoch seconds; inf: no deadline.
+    deadline_s: float = math.inf
+    #: Epoch seconds of submission; None: not told.
+    sent_at_s: float | None = None
+    packed: bool = False
+    #: It was in a worker's hands before; that worker is gone.
+    suspect: bool = False
+    #: The caller's own (the pool's ticket).
+    ticket: Any = None
+    group: Group = field(init=False)
+    outcomes: list[Any] = field(init=False)
+    open_items: int = field(init=False)
+    started: bool = False
+    watch: Stopwatch = field(default_factory=Stopwatch)
+    #: The whole job failed (its model cannot be had).
+    failure: CortexError | None = None
+
+    def __post_init__(self) -> None:
+        self.group = Group(self.model, self.task, self.params.canonical())
+        self.outcomes = [value if isinstance(value, CortexError) else None for value in self.inputs]
+        self.open_items = self.outcomes.count(None)
+
+    def good_inputs(self) -> list[tuple[int, Any]]:
+        """(index, input) of those that were not refused."""
+        return [(i, value) for i, value in enumerate(self.inputs) if not isinstance(value, CortexError)]
+
+    def settle(self, index: int, outcome: Any) -> bool:
+        """Record one item's value or error; True when it was the last one open."""
+        self.outcomes[index] = outcome
+        self.open_items -= 1
+        return self.open_items == 0
+
+
+def forward_isolating(adapter: Adapter, task: str, items: Sequence[Item], params: Params) -> list[Any]:
+    """Forward and finish; a wire value or a CortexError an item, in order.
+
+    When the batch raises it is cut in half, and so on, so that a bad item fails alone: with k bad ones among n,
+    about k log2 n extra passes.
+    """
+    try:
+        raw = adapter.forward(task, items, params)
+        if len(raw) != len(items):
+            raise InferenceFailed(f"the model returned {len(raw)} answers for {len(items)} inputs")
+        return _finish(adapter, task, items, raw, params)
+    except Exception as error:
+        if len(items) == 1:
+            return [_as_item_error(error)]
+    middle = len(items) // 2
+    return [
+        *forward_isolating(adapter, task, items[:middle], params),
+        *forward_isolating(adapter, task, items[middle:], params),
+    ]
+
+
+def _finish(adapter: Adapter, task: str, items: Sequence[Item], raw: Sequence[Any], params: Params) -> list[Any]:
+    """Finish the items that forward answered; entries that are errors already stay what they are."""
+    good = [index for index, entry in enumerate(raw) if not isinstance(entry, CortexError)]
+    outcomes = list(raw)
+    if good:
+        values = adapter.finish(task, [items[i] for i in good], [raw[i] for i in good], params)
+        if len(values) != len(good):
+            raise InferenceFailed(f"the adapter finished {len(values)} of {len(good)} answers")
+        for index, value in zip(good, values, strict=True):
+            outcomes[index] = value
+    return outcomes
+
+
+def _as_item_error(error: Exception) -> CortexError:
+    if isinstance(error, CortexError):
+        return error
+    return InferenceFailed(f"the model failed on this input: {type(error).__name__}: {str(error)[:300]}")
+
+
+def answer(job: Job, revision: str) -> Answer:
+    """The answer of a job whose items are all settled."""
+    watch = job.watch
+    return Answer(
+        task=job.task,
+        model=job.model,
+        revision=revision,
+        timings=Timings.model_construct(
+            queue_ms=round(watch.queue_ms, 3),
+            prepare_ms=round(watch.prepare_ms, 3),
+            forward_ms=round(watch.forward_ms, 3),
+            finish_ms=round(watch.finish_ms, 3),
+            cached=None,
+            batch_items=watch.batch_items,
+        ),
+        items=[
+            {"error": outcome.to_wire()} if isinstance(outcome, CortexError) else {"value": outcome}
+            for outcome in job.outcomes
+        ],
+        packed=job.packed,
+    )
+
+
+def run_alone(job: Job, adapter: Adapter, clock: Callable[[], float] = time.perf_counter) -> None:
+    """Settle a job by itself, in the calling thread: for pools that do not batch."""
+    started = clock()
+    given = job.good_inputs()
+    prepared = adapter.prepare(job.task, [value for _, value in given], job.params)
+    ready = clock()
+    good: list[tuple[int, Item]] = []
+    for (index, _), item in zip(given, prepared, strict=True):
+        if isinstance(item, CortexError):
+            job.settle(index, item)
+        else:
+            good.append((index, item))
+    values = forward_isolating(adapter, job.task, [item for _, item in good], job.params) if good else []
+    for (index, _), value in zip(good, values, strict=True):
+        job.settle(index, value)
+    job.watch.prepare_ms, job.watch.forward_ms = (ready - started) * 1e3, (clock() - ready) * 1e3
+    job.watch.batch_items = len(good)

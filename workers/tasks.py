@@ -1,0 +1,142 @@
+"""The Celery tasks with bodies, and the reading of a message as a Job."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from datetime import datetime
+from typing import Any
+
+from celery import Celery, Task
+
+from cortex_tasks.catalog import TASKS, task_spec
+from cortex_tasks.codec import HEADER, lane_of
+from cortex_tasks.config import FleetConfig
+from cortex_tasks.errors import CortexError, InvalidInput, ModelError, ModelUnavailable
+from cortex_tasks.inputs import check_input, check_params, is_single
+from cortex_tasks.payloads import TextParams
+from workers.runtime import Job
+
+__all__ = ["InferenceTask", "register_tasks", "slot", "to_job"]
+
+
+class _Slot:
+    """Where the pool leaves a job's outcome for the task's ``__call__``; used on the hub's thread only."""
+
+    def __init__(self) -> None:
+        self._outcome: Any = None
+
+    def put(self, outcome: Any) -> None:
+        self._outcome = outcome
+
+    def take(self) -> Any:
+        outcome, self._outcome = self._outcome, None
+        return outcome
+
+
+slot = _Slot()
+
+
+class InferenceTask(Task):
+    """A task whose answer the pool has computed with its batch; under any other pool, a batch of one."""
+
+    abstract = True
+    acks_late = True
+    typing = False
+    max_retries = 3
+    default_retry_delay = 5
+    #: Expected failures: logged in a line, without a traceback.
+    throws = (CortexError,)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        outcome = slot.take()
+        if outcome is None:
+            outcome = self.app.cortex.run_alone(self, args, kwargs)
+        if isinstance(outcome, ModelUnavailable) and outcome.details.get("transient"):
+            raise self.retry(exc=outcome)
+        if isinstance(outcome, BaseException):
+            raise outcome
+        return outcome
+
+
+def register_tasks(app: Celery, base: type[Task] = InferenceTask) -> None:
+    """Put one task a row of the catalogue on the app."""
+    for spec in TASKS.values():
+        app.task(_no_body, name=spec.celery_name, base=base, bind=False)
+
+
+def _no_body(*_: Any, **__: Any) -> None:
+    raise ModelError("this task is answered by its pool")
+
+
+def to_job(
+    job_id: str,
+    task_name: str,
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any],
+    fleet: FleetConfig,
+    headers: Mapping[str, Any],
+) -> Job:
+    """Read and check a message. Bad inputs are settled with their errors; anything else that is wrong raises
+    RequestError. ``headers``: the message's, as Celery merges them into the request."""
+    spec = task_spec(task_name)
+    inputs, alias, params = _arguments(args, kwargs)
+    alias, model = fleet.model(alias, spec.name)
+    checked = check_params(spec.name, params, model.limits)
+    values = [inputs] if is_single(spec.name, inputs) else list(inputs)
+    if len(values) > model.limits.inputs_per_job:
+        raise InvalidInput(
+            f"a job of {len(values):,} inputs is over the limit of {model.limits.inputs_per_job:,} of model {alias!r}; "
+            "cut it into several (Cortex.map does)",
+            {"limit": model.limits.inputs_per_job, "got": len(values)},
+        )
+    truncate = isinstance(checked, TextParams) and checked.truncate
+    options = headers.get(HEADER) or {}
+    job = Job(
+        id=job_id,
+        model=alias,
+        task=spec.name,
+        params=checked,
+        inputs=[_check(lambda v=value: check_input(spec.name, v, model.limits, truncate)) for value in values],
+        lane=lane_of((headers.get("delivery_info") or {}).get("priority")),
+        deadline_s=_epoch(headers.get("expires")),
+        sent_at_s=_number(options.get("sent_at")),
+        packed=bool(options.get("packed")),
+    )
+    return job
+
+
+def _arguments(args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[Any, str | None, dict[str, Any]]:
+    """(inputs, model, parameters) of a call ``task(inputs, model=None, **params)``."""
+    params = dict(kwargs)
+    positional = list(args)
+    if len(positional) > 2:
+        raise InvalidInput(f"a task takes inputs and model by position, not {len(positional)} arguments")
+    for name, value in zip(("inputs", "model"), positional, strict=False):
+        if name in params:
+            raise InvalidInput(f"{name!r} was given twice, by position and by name")
+        params[name] = value
+    if "inputs" not in params:
+        raise InvalidInput("a job has no inputs; pass inputs=[...]")
+    return params.pop("inputs"), params.pop("model", None), params
+
+
+def _check(read: Callable[[], Any]) -> Any:
+    try:
+        return read()
+    except InvalidInput as error:
+        return error
+
+
+def _epoch(expires: Any) -> float:
+    """Celery's ``expires`` (ISO 8601, or None) as epoch seconds; inf when there is none."""
+    if not isinstance(expires, str):
+        return math.inf
+    try:
+        return datetime.fromisoformat(expires).timestamp()
+    except ValueError:
+        return math.inf
+
+
+def _number(value: Any) -> float | None:
+    return float(value) if isinstance(value, int | float) else None
