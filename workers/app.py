@@ -18,7 +18,7 @@ from cortex_tasks.app import make_app
 
 from cortex_tasks.config import FleetConfig, Settings, load_fleet
 from cortex_tasks.errors import CortexError
-from workers.celery_hooks.transport import LeaseKeeper
+from workers.celery_hooks.transport import LeaseKeeper, register_transport
 from workers.dead_letters import DeadLetters
 from workers.health import Health
 from workers.registry import Registry
@@ -35,7 +35,6 @@ logger = logging.getLogger(__name__)
 _STOCK_VISIBILITY_S: Final = 3_600
 _POOL: Final = "workers.celery_hooks.pool:BatchingPool"
 _BACKEND: Final = "workers.celery_hooks.backend:BatchedRedisBackend"
-_TRANSPORT: Final = "workers.celery_hooks.transport:LeasedTransport"
 
 
 class Wiring:
@@ -206,7 +205,7 @@ def _configure_worker(
     if wiring.settings.pool == "cortex":
         conf.worker_concurrency = prefetch_jobs(wiring.fleet, queues)
     if wiring.settings.transport == "cortex":
-        conf.broker_transport = _TRANSPORT
+        conf.broker_transport = register_transport()
     else:
         conf.broker_transport_options = {**conf.broker_transport_options, "visibility_timeout": _STOCK_VISIBILITY_S}
 

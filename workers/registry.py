@@ -15,15 +15,15 @@ from cortex_tasks.config import FleetConfig, ModelConfig
 from cortex_tasks.errors import CortexError, ModelUnavailable, UnknownModel
 from cortex_tasks.presence import ModelCard
 from workers.adapters import Adapter, LoadContext, adapter_class
-from workers.children import ChildHost
 from workers.store.sources import Snapshot, resolve
 
 __all__ = ["RETRY_LOAD_S", "Model", "Registry", "revision_of"]
 
 logger = logging.getLogger(__name__)
 
-#: A load that failed is tried again by the next job after this long.
+#: A load that failed is tried again by the next job after this long; sooner when the cause may pass by itself.
 RETRY_LOAD_S: Final = 30.0
+RETRY_TRANSIENT_S: Final = 1.0
 
 State = Literal["idle", "loading", "ready", "unavailable"]
 
@@ -114,8 +114,10 @@ class Registry:
 
     def may_load(self, model: Model) -> bool:
         """Whether a load should be tried now: not ready, and not failed a moment ago."""
-        failed_lately = model.error is not None and self._clock() - model.failed_at_s < RETRY_LOAD_S
-        return model.state != "ready" and not failed_lately
+        if model.state == "ready" or model.error is None:
+            return model.state != "ready"
+        wait_s = RETRY_TRANSIENT_S if model.error.details.get("transient") else RETRY_LOAD_S
+        return self._clock() - model.failed_at_s >= wait_s
 
     def load(self, alias: str) -> Model:
         """Load and warm a model unless it is ready. Raises ModelUnavailable; the reason stays on the model."""
@@ -171,7 +173,9 @@ class Registry:
         model.reason = adapter.note or missing
         model.load_ms, model.warm_ms = (loaded - started) * 1e3, (self._clock() - loaded) * 1e3
 
-    def _host(self, config: ModelConfig, context: LoadContext) -> ChildHost:
+    def _host(self, config: ModelConfig, context: LoadContext) -> Adapter:
+        from workers.children import ChildHost
+
         return ChildHost(
             config.adapter,
             context,

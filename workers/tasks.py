@@ -44,7 +44,7 @@ class InferenceTask(Task):
     acks_late = True
     typing = False
     max_retries = 3
-    default_retry_delay = 5
+    default_retry_delay = 2
     #: Expected failures: logged in a line, without a traceback.
     throws = (CortexError,)
 

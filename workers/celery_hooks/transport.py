@@ -17,12 +17,15 @@ import weakref
 from collections.abc import Callable
 from typing import Any, Final
 
+from kombu.transport import TRANSPORT_ALIASES
 from kombu.transport import redis as kombu_redis
 
-__all__ = ["LeaseKeeper", "LeasedTransport"]
+__all__ = ["TRANSPORT_NAME", "LeaseKeeper", "LeasedTransport", "register_transport"]
 
 logger = logging.getLogger(__name__)
 
+#: The name that ``broker_transport`` takes.
+TRANSPORT_NAME: Final = "cortex"
 _CHUNK: Final = 1_000
 _live: weakref.WeakSet[Any] = weakref.WeakSet()
 
@@ -50,6 +53,12 @@ class LeasedChannel(kombu_redis.Channel):
 
 class LeasedTransport(kombu_redis.Transport):
     Channel = LeasedChannel
+
+
+def register_transport() -> str:
+    """Make kombu know the transport; returns its name."""
+    TRANSPORT_ALIASES[TRANSPORT_NAME] = f"{__name__}:LeasedTransport"
+    return TRANSPORT_NAME
 
 
 class LeaseKeeper(threading.Thread):
