@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -53,7 +54,33 @@ def _echo() -> AdapterCase:
     return AdapterCase("echo", "echo", tasks, inputs=inputs, params={"zero_shot": {"labels": ["a", "b"]}}, heavy=False)
 
 
+def _tiny(builder: str, **how: Any) -> Callable[[Path], Path]:
+    """A seed-built model; the builders import torch, so they are named, not imported."""
+
+    def build(directory: Path) -> Path:
+        path: Path = getattr(importlib.import_module("tests.support.tiny_models"), builder)(directory, **how)
+        return path
+
+    return build
+
+
+_DISTILBERT = {"fill_mask": MASKED, "features": TEXTS}
+_LABELS = {"labels": ["sport", "politics", "a slow queue"]}
+
 CASES: tuple[AdapterCase, ...] = (
     _echo(),
     AdapterCase("minilm", "sentence_transformers", ("embed",), _minilm, inputs={"embed": TEXTS}),
-)
+    AdapterCase(
+        "tiny-sentence-encoder",
+        "sentence_transformers",
+        ("embed",),
+        _tiny("sentence_encoder", prompt="text: "),
+        inputs={"embed": TEXTS},
+    ),
+    AdapterCase("tiny-distilbert", "transformers", tuple(_DISTILBERT), _tiny("masked_lm"), inputs=_DISTILBERT),
+    AdapterCase("tiny-encoder", "transformers", ("features",), _tiny("encoder"), inputs={"features": TEXTS},
+                params={"features": {"pooling": "mean"}}),
+    AdapterCase("tiny-classifier", "transformers", ("classify",), _tiny("classifier"), inputs={"classify": TEXTS}),
+    AdapterCase("tiny-nli", "transformers", ("zero_shot",), _tiny("nli"), inputs={"zero_shot": TEXTS},
+                params={"zero_shot": _LABELS}, options={"chunk_tokens": 64}),
+)  # fmt: skip

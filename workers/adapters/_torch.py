@@ -6,7 +6,7 @@ Internal to the adapters; importing it imports torch and tokenizers.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, Literal, TypeVar
@@ -21,10 +21,21 @@ from cortex_tasks.catalog import nearest
 from cortex_tasks.errors import ConfigError, InvalidInput, ModelUnavailable
 from workers.adapters.base import LoadContext
 
-__all__ = ["Options", "Tokens", "TokensReader", "chunks", "collate", "dtype_of", "loading", "read_options", "size_of"]
+__all__ = [
+    "Options",
+    "Tokens",
+    "TokensReader",
+    "checked_text",
+    "chunks",
+    "collate",
+    "dtype_of",
+    "loading",
+    "read_options",
+    "release",
+    "size_of",
+    "window_of",
+]
 
-#: Padded tokens that one call of a model may hold when an adapter has to cut its own batches.
-CHUNK_TOKENS: Final = 2048
 _DTYPES: Final = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -81,9 +92,15 @@ def loading(context: LoadContext) -> Iterator[Path]:
 
 
 def size_of(models: Iterable[torch.nn.Module]) -> int:
-    """Bytes of all parameters and buffers, shared ones counted once."""
+    """Bytes of all parameters and buffers, shared ones counted once, released ones not at all."""
     tensors = [tensor for model in models for tensor in (*model.parameters(), *model.buffers())]
-    return sum({t.data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
+    return sum({t.data_ptr(): t.untyped_storage().nbytes() for t in tensors if not t.is_meta}.values())
+
+
+def release(models: Iterable[torch.nn.Module]) -> None:
+    """Give the memory of all parameters back; what is left of the models cannot compute. May be repeated."""
+    for model in models:
+        model.to("meta")
 
 
 # --------------------------------------------------------------------------------------------------- tokens
@@ -123,34 +140,40 @@ class TokensReader:
         if max_length is not None:
             self._backend.enable_truncation(max_length, strategy=strategy, direction=tokenizer.truncation_side)
 
-    def read(self, texts: Sequence[str], *, prefix: str = "") -> list[Tokens | InvalidInput]:
-        """The tokens of each text, cut to the model's window; an error in the place of an unusable one."""
-        checked = [_checked(text) for text in texts]
-        good = [prefix + text for text in checked if isinstance(text, str)]
-        encodings = iter(self._backend.encode_batch_fast(good))
-        return [_tokens(next(encodings)) if isinstance(text, str) else text for text in checked]
+    def read(self, texts: Sequence[Any], *, prefix: str = "") -> list[Tokens | InvalidInput]:
+        """The tokens of each text, cut to the window; an error in the place of an unusable one."""
+        return [_tokens(entry) for entry in self._encode(texts, prefix, special_tokens=True)]
 
-    def raw(self, texts: Sequence[str]) -> list[Encoding]:
-        """The bare encodings of usable texts: no special tokens, not cut when built with ``max_length=None``."""
-        return list(self._backend.encode_batch_fast(list(texts), add_special_tokens=False))
+    def bare(self, texts: Sequence[Any]) -> list[Encoding | InvalidInput]:
+        """Each text's own tokens, none of the special ones; not cut when built with ``max_length=None``."""
+        return self._encode(texts, "", special_tokens=False)
 
     def pair(self, first: Encoding, second: Encoding) -> Tokens:
         """Two bare encodings as one input, special tokens added, cut by this reader's strategy."""
         return Tokens.of(self._backend.post_process(first, second))
 
+    def _encode(self, texts: Sequence[Any], prefix: str, *, special_tokens: bool) -> list[Encoding | InvalidInput]:
+        checked = [checked_text(text) for text in texts]
+        good = [prefix + text for text in checked if isinstance(text, str)]
+        encodings = iter(self._backend.encode_batch_fast(good, add_special_tokens=special_tokens))
+        return [next(encodings) if isinstance(text, str) else text for text in checked]
 
-def _checked(text: Any) -> str | InvalidInput:
+
+def checked_text(text: Any) -> str | InvalidInput:
+    """The text when the tokenizer can take it: one that it cannot would fail all texts of the call."""
     if not isinstance(text, str):
-        return InvalidInput(f"a text is needed, not {type(text).__name__}")
+        return InvalidInput(f"a text must be a str, not {type(text).__name__}")
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
-        return InvalidInput(f"the text has a lone surrogate at character {error.start}; send valid Unicode")
+        return InvalidInput(f"a text holds a lone surrogate at character {error.start}; send valid Unicode")
     return text
 
 
-def _tokens(encoding: Encoding) -> Tokens | InvalidInput:
-    return Tokens.of(encoding) if encoding.ids else InvalidInput("the text has no tokens that the model knows")
+def _tokens(entry: Encoding | InvalidInput) -> Tokens | InvalidInput:
+    if isinstance(entry, InvalidInput):
+        return entry
+    return Tokens.of(entry) if entry.ids else InvalidInput("a text has no tokens that the model knows")
 
 
 def collate(rows: Sequence[Tokens], tokenizer: Any, device: torch.device | str) -> dict[str, torch.Tensor]:
@@ -174,7 +197,7 @@ def collate(rows: Sequence[Tokens], tokenizer: Any, device: torch.device | str) 
     }
 
 
-def chunks(lengths: Sequence[int], max_padded_tokens: int = CHUNK_TOKENS) -> Iterator[slice]:
+def chunks(lengths: Sequence[int], max_padded_tokens: int) -> Iterator[slice]:
     """Cuts rows of these lengths, in order, into slices of at most ``max_padded_tokens`` (one row at least)."""
     start, widest = 0, 0
     for index, length in enumerate(lengths):
@@ -186,11 +209,6 @@ def chunks(lengths: Sequence[int], max_padded_tokens: int = CHUNK_TOKENS) -> Ite
         yield slice(start, len(lengths))
 
 
-def windows(tokenizer: Any, config: Any) -> int | None:
-    """Tokens the model reads at once: the tokenizer's limit, but no more than the model has positions."""
-    limits: Mapping[str, Any] = {
-        "tokenizer": tokenizer.model_max_length,
-        "model": getattr(config, "max_position_embeddings", None),
-    }
-    known = [limit for limit in limits.values() if isinstance(limit, int) and 0 < limit < 10**6]
-    return min(known, default=None)
+def window_of(*limits: Any) -> int | None:
+    """The least of the limits on tokens that are real ones (tokenizers write 10**30 for none); None without any."""
+    return min((int(limit) for limit in limits if limit is not None and 0 < limit < 10**6), default=None)

@@ -15,7 +15,18 @@ from sentence_transformers.sentence_transformer.modules import Normalize, Transf
 
 from cortex_tasks.errors import ConfigError, CortexError, InvalidInput
 from cortex_tasks.payloads import EmbedParams, Params
-from workers.adapters._torch import Options, Tokens, TokensReader, collate, dtype_of, loading, read_options, size_of
+from workers.adapters._torch import (
+    Options,
+    Tokens,
+    TokensReader,
+    collate,
+    dtype_of,
+    loading,
+    read_options,
+    release,
+    size_of,
+    window_of,
+)
 from workers.adapters.base import Adapter, Item, LoadContext, WireValue
 
 _PROBE = "The quick brown fox, 42 times."
@@ -44,7 +55,7 @@ class SentenceTransformersAdapter(Adapter):
         self._model = model
         self._tokenizer = model.tokenizer
         self._prompt: str = model.prompts.get(options.prompt_name or model.default_prompt_name or "", "")
-        self._reader = TokensReader(self._tokenizer, _window(model))
+        self._reader = TokensReader(self._tokenizer, window_of(model.max_seq_length))
         modules = list(model.children())
         self._modules = modules
         self._unnormalized = modules[:-1] if isinstance(modules[-1], Normalize) else modules
@@ -63,13 +74,13 @@ class SentenceTransformersAdapter(Adapter):
             )
             _check(model, options, context)
             if options.max_seq_length is not None:
-                model.max_seq_length = min(options.max_seq_length, _window(model) or options.max_seq_length)
+                model.max_seq_length = window_of(options.max_seq_length, model.max_seq_length)
             model.eval().requires_grad_(False)
             return cls(model, options)
 
     @property
     def size_bytes(self) -> int:
-        return size_of([self._model])
+        return size_of(self._modules)
 
     @property
     def library(self) -> str:
@@ -104,6 +115,9 @@ class SentenceTransformersAdapter(Adapter):
             for item, vector in zip(items, raw, strict=True)
         ]
 
+    def close(self) -> None:
+        release(self._modules)
+
     def _constant_features(self) -> dict[str, Any]:
         """What the library hands its modules beside the tokens (modality, length of the prompt).
 
@@ -116,12 +130,6 @@ class SentenceTransformersAdapter(Adapter):
         if strange or not isinstance(ours, Tokens) or theirs["input_ids"][0].tolist() != ours.ids:
             raise ValueError("the model does not read a text as plain tokens, which this adapter needs")
         return constants
-
-
-def _window(model: SentenceTransformer) -> int | None:
-    """Tokens the model reads of a text; None without a limit (tokenizers write a huge number for that)."""
-    limit = model.max_seq_length
-    return int(limit) if limit is not None and limit < 10**6 else None
 
 
 def _check(model: SentenceTransformer, options: EmbedOptions, context: LoadContext) -> None:
