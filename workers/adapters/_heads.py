@@ -18,7 +18,7 @@ from transformers import AutoModel, AutoModelForMaskedLM, AutoModelForSequenceCl
 
 from cortex_tasks.errors import ConfigError, CortexError, InvalidInput, InvalidParameter
 from cortex_tasks.payloads import ClassifyParams, FeaturesParams, FillMaskParams, Params, ZeroShotParams
-from workers.adapters._torch import Tokens, TokensReader, chunks, collate
+from workers.adapters._torch import Tokens, TokensReader, chunks, collate, isolating
 from workers.adapters.base import Item, WireValue
 
 __all__ = ["HEADS", "Head", "Loaded"]
@@ -190,22 +190,20 @@ class ZeroShot(Head[ZeroShotParams]):
         if isinstance(hypotheses, InvalidParameter):
             return [hypotheses] * len(inputs)
         return [
-            text if isinstance(text, InvalidInput) else self._item(text, hypotheses) for text in self._bare.bare(inputs)
+            text if isinstance(text, InvalidInput) else self._item(text, hypotheses)
+            for text in isolating(inputs, self._bare.bare)
         ]
 
     def _hypotheses(self, params: ZeroShotParams) -> tuple[Encoding, ...] | InvalidParameter:
         texts = [params.hypothesis_template.replace("{}", label) for label in params.labels]
         room = self._loaded.window - self._special_tokens
-        encodings: list[Encoding] = []
-        for label, encoding in zip(params.labels, self._bare.bare(texts), strict=True):
-            if isinstance(encoding, InvalidInput):
-                return InvalidParameter(f"zero_shot: label {label!r} or the hypothesis_template: {encoding}")
+        encodings = self._bare.bare(texts)
+        for label, encoding in zip(params.labels, encodings, strict=True):
             if len(encoding) >= room:
                 return InvalidParameter(
                     f"zero_shot: the hypothesis of label {label[:40]!r} has {len(encoding)} tokens, which leaves no "
                     f"room for a text in the model's {self._loaded.window}; shorten it"
                 )
-            encodings.append(encoding)
         return tuple(encodings)
 
     def _item(self, text: Encoding, hypotheses: tuple[Encoding, ...]) -> Item:

@@ -6,7 +6,7 @@ Internal to the adapters; importing it imports torch and tokenizers.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, Literal, TypeVar
@@ -25,10 +25,10 @@ __all__ = [
     "Options",
     "Tokens",
     "TokensReader",
-    "checked_text",
     "chunks",
     "collate",
     "dtype_of",
+    "isolating",
     "loading",
     "read_options",
     "release",
@@ -46,6 +46,7 @@ class Options(BaseModel):
 
 
 _Options = TypeVar("_Options", bound=Options)
+_T = TypeVar("_T")
 
 
 def read_options(kind: type[_Options], context: LoadContext) -> _Options:
@@ -142,25 +143,26 @@ class TokensReader:
 
     def read(self, texts: Sequence[Any], *, prefix: str = "") -> list[Tokens | InvalidInput]:
         """The tokens of each text, cut to the window; an error in the place of an unusable one."""
-        return [_tokens(entry) for entry in self._encode(texts, prefix, special_tokens=True)]
+        entries = isolating(texts, lambda good: self._backend.encode_batch_fast([prefix + text for text in good]))
+        return [entry if isinstance(entry, InvalidInput) else _tokens(entry) for entry in entries]
 
-    def bare(self, texts: Sequence[Any]) -> list[Encoding | InvalidInput]:
+    def bare(self, texts: Sequence[str]) -> list[Encoding]:
         """Each text's own tokens, none of the special ones; not cut when built with ``max_length=None``."""
-        return self._encode(texts, "", special_tokens=False)
+        return list(self._backend.encode_batch_fast(list(texts), add_special_tokens=False))
 
     def pair(self, first: Encoding, second: Encoding) -> Tokens:
         """Two bare encodings as one input, special tokens added, cut by this reader's strategy."""
         return Tokens.of(self._backend.post_process(first, second))
 
-    def _encode(self, texts: Sequence[Any], prefix: str, *, special_tokens: bool) -> list[Encoding | InvalidInput]:
-        checked = [checked_text(text) for text in texts]
-        good = [prefix + text for text in checked if isinstance(text, str)]
-        encodings = iter(self._backend.encode_batch_fast(good, add_special_tokens=special_tokens))
-        return [next(encodings) if isinstance(text, str) else text for text in checked]
+
+def isolating(texts: Sequence[Any], compute: Callable[[list[str]], Iterable[_T]]) -> list[_T | InvalidInput]:
+    """``compute`` over the usable texts in one call; an error in the place of each other, which would fail them all."""
+    checked = [_checked(text) for text in texts]
+    results = iter(compute([text for text in checked if isinstance(text, str)]))
+    return [next(results) if isinstance(text, str) else text for text in checked]
 
 
-def checked_text(text: Any) -> str | InvalidInput:
-    """The text when the tokenizer can take it: one that it cannot would fail all texts of the call."""
+def _checked(text: Any) -> str | InvalidInput:
     if not isinstance(text, str):
         return InvalidInput(f"a text must be a str, not {type(text).__name__}")
     try:
@@ -170,10 +172,8 @@ def checked_text(text: Any) -> str | InvalidInput:
     return text
 
 
-def _tokens(entry: Encoding | InvalidInput) -> Tokens | InvalidInput:
-    if isinstance(entry, InvalidInput):
-        return entry
-    return Tokens.of(entry) if entry.ids else InvalidInput("a text has no tokens that the model knows")
+def _tokens(encoding: Encoding) -> Tokens | InvalidInput:
+    return Tokens.of(encoding) if encoding.ids else InvalidInput("a text has no tokens that the model knows")
 
 
 def collate(rows: Sequence[Tokens], tokenizer: Any, device: torch.device | str) -> dict[str, torch.Tensor]:
