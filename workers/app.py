@@ -16,6 +16,7 @@ from celery import Celery, Task, signals
 from celery.app import trace
 from cortex_tasks.app import make_app
 
+from cortex_tasks.codec import HEADER
 from cortex_tasks.config import FleetConfig, Settings, load_fleet
 from cortex_tasks.errors import CortexError
 from workers.celery_hooks.transport import LeaseKeeper, register_transport
@@ -144,7 +145,7 @@ class Wiring:
 
     def run_alone(self, task: Task, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
         """A batch of one, for stock pools and eager calls. Returns the answer or the error."""
-        headers = {**task.request, "expires": None}
+        headers = {name: task.request.get(name) for name in (HEADER, "delivery_info")}
         try:
             job = to_job(task.request.id or "", task.name, args, kwargs, self.fleet, headers)
             model = self.registry.load(job.model)

@@ -25,5 +25,6 @@ def note(self: Any, value: Any, key: str) -> None:
 
 
 @shared_task(name="tests.note_error", bind=True)
-def note_error(self: Any, request: Any, exc: Any, traceback: Any, key: str) -> None:
-    self.app.backend.client.rpush(key, type(exc).__name__)
+def note_error(self: Any, failed_id: str, key: str) -> None:
+    """An errback of the kind that is sent as a task, with the failed job's id."""
+    self.app.backend.client.rpush(key, failed_id)

@@ -41,7 +41,7 @@ class WorkerProcess:
             **os.environ,
             "CORTEX_BROKER_URL": redis_url,
             "CORTEX_QUEUES_FILE": str(queues_file),
-            "PYTHONPATH": str(ROOT),
+            "PYTHONPATH": os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH")))),
             **(env or {}),
         }
         command = [sys.executable, "-m", "celery", "-A", "workers.app", "worker", "-Q", queues, *arguments]

@@ -277,14 +277,20 @@ class BatchingPool(BasePool):
         stored, self._unstored = self._unstored, []
         for ticket, returned in stored:
             self._forget(ticket)
-            try:
-                if isinstance(returned, ExceptionInfo):
-                    ticket.error_callback(returned)
-                else:
-                    ticket.callback(returned)
-            except (RedisError, OSError) as error:
-                # Not acknowledged: it is delivered again when its lease ends, and gives the same answer.
-                logger.warning("job %s was answered but not acknowledged: %s", ticket.request.id, type(error).__name__)
+            self._call_back(ticket, returned)
+
+    def _call_back(self, ticket: Ticket, returned: Any) -> None:
+        """Let Celery acknowledge the job and tell what became of it."""
+        call = ticket.error_callback if isinstance(returned, ExceptionInfo) else ticket.callback
+        try:
+            call(returned)
+        except (RedisError, OSError) as error:
+            # Not acknowledged: it is delivered again when its lease ends, and gives the same answer.
+            logger.warning("job %s was answered but not acknowledged: %s", ticket.request.id, type(error).__name__)
+        except Exception:
+            # A user's own link or errback that cannot be sent: the job itself is answered.
+            logger.exception("a callback of job %s failed", ticket.request.id)
+            ticket.request.acknowledge()
 
     def _drop(self, ticket: Ticket) -> None:
         """A job that will not run: revoked or expired (Celery says so and acknowledges), or given back."""
