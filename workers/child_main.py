@@ -160,7 +160,10 @@ def main() -> None:
     os.set_inheritable(fd, False)
     logging.basicConfig(level=logging.WARNING, format="[%(asctime)s: %(levelname)s/child %(process)d] %(message)s")
     threading.Thread(target=_leave_with_worker, args=(fd, scratch), daemon=True).start()
-    serve(Channel(socket.socket(fileno=fd)))
+    try:
+        serve(Channel(socket.socket(fileno=fd)))
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
 
 
 if __name__ == "__main__":
