@@ -42,13 +42,13 @@ class Loaded:
     #: Padded tokens in one call of the model.
     chunk_tokens: int
 
-    def outputs(self, rows: Sequence[Tokens]) -> Iterator[tuple[slice, Any, torch.Tensor]]:
-        """Runs the model over the rows a chunk at a time: which rows, the model's output, which tokens are real."""
+    def outputs(self, rows: Sequence[Tokens]) -> Iterator[tuple[slice, Any]]:
+        """Runs the model over the rows a chunk at a time: which rows, and the model's output for them."""
         for part in chunks([len(row.ids) for row in rows], self.chunk_tokens):
             features = collate(rows[part], self.tokenizer, self.model.device)
             with torch.inference_mode():
                 output = self.model(**features)
-            yield part, output, features["attention_mask"].bool()
+            yield part, output
 
 
 class Head(ABC, Generic[_Params]):
@@ -86,12 +86,12 @@ class Features(Head[FeaturesParams]):
 
     def forward(self, items: Sequence[Item], params: FeaturesParams) -> list[NDArray[np.float32]]:
         """One array an item: float32, shape ``(tokens, hidden)``, or ``(hidden,)`` when pooled."""
+        rows: list[Tokens] = [item.data for item in items]
         arrays: list[NDArray[np.float32]] = []
-        for _, output, real in self._loaded.outputs([item.data for item in items]):
+        for part, output in self._loaded.outputs(rows):
             states = output.last_hidden_state.float()
-            arrays += [
-                _pooled(rows[used], params.pooling).cpu().numpy() for rows, used in zip(states, real, strict=True)
-            ]
+            for row, padded in zip(rows[part], states, strict=True):
+                arrays.append(_pooled(padded[: len(row.ids)], params.pooling).cpu().numpy())
         return arrays
 
     def finish(self, items: Sequence[Item], raw: Sequence[Any], params: FeaturesParams) -> list[WireValue]:
@@ -123,7 +123,7 @@ class Classify(Head[ClassifyParams]):
     def forward(self, items: Sequence[Item], params: ClassifyParams) -> list[torch.Tensor]:
         """One tensor an item: float32 logits, shape ``(labels,)``."""
         rows = [item.data for item in items]
-        return [row for _, output, _ in self._loaded.outputs(rows) for row in output.logits.float().cpu()]
+        return [row for _, output in self._loaded.outputs(rows) for row in output.logits.float().cpu()]
 
     def finish(self, items: Sequence[Item], raw: Sequence[Any], params: ClassifyParams) -> list[WireValue]:
         names = self._loaded.model.config.id2label
@@ -221,7 +221,7 @@ class ZeroShot(Head[ZeroShotParams]):
         # The pairs are put together a chunk at a time: all of them at once could be large.
         for part in chunks(lengths, self._loaded.chunk_tokens):
             rows = [self._pairs.pair(text, hypothesis) for text, hypothesis in pairs[part]]
-            for _, output, _ in self._loaded.outputs(rows):
+            for _, output in self._loaded.outputs(rows):
                 logits.append(output.logits[:, self._columns].float().cpu())
         sizes = [len(premise.hypotheses) for premise in premises]
         return list(torch.cat(logits).split_with_sizes(sizes)) if logits else []
@@ -285,10 +285,9 @@ class FillMask(Head[FillMaskParams]):
         """Scores and token ids an item: lists of shape ``(masks, top_k)``, best first."""
         best: list[tuple[list[Any], list[Any]]] = []
         masked: list[_Masked] = [item.data for item in items]
-        for part, output, real in self._loaded.outputs([entry.tokens for entry in masked]):
-            for logits, used, entry in zip(output.logits, real, masked[part], strict=True):
-                # Positions count real tokens: padding may lie on either side.
-                chosen = logits[used.nonzero().squeeze(1)[entry.positions]].float().softmax(dim=-1)
+        for part, output in self._loaded.outputs([entry.tokens for entry in masked]):
+            for logits, entry in zip(output.logits, masked[part], strict=True):
+                chosen = logits[entry.positions].float().softmax(dim=-1)
                 scores, ids = chosen.topk(min(params.top_k, chosen.shape[-1]))
                 best.append((scores.tolist(), ids.tolist()))
         return best

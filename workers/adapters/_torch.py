@@ -179,7 +179,8 @@ def _tokens(encoding: Encoding) -> Tokens | InvalidInput:
 def collate(rows: Sequence[Tokens], tokenizer: Any, device: torch.device | str) -> dict[str, torch.Tensor]:
     """Rows padded to the longest: int64 tensors of shape ``(rows, longest)``, by the names the model's tokenizer gives.
 
-    Padding goes to the tokenizer's own side.
+    Padding always goes to the right, whatever side the tokenizer prefers: a row's tokens then keep the positions
+    they have alone, in every kind of model.
     """
     width = max(len(row.ids) for row in rows)
     ids = np.full((len(rows), width), tokenizer.pad_token_id or 0, dtype=np.int64)
@@ -187,8 +188,7 @@ def collate(rows: Sequence[Tokens], tokenizer: Any, device: torch.device | str) 
     types = np.full_like(ids, tokenizer.pad_token_type_id)
     for index, row in enumerate(rows):
         length = len(row.ids)
-        place = slice(width - length, width) if tokenizer.padding_side == "left" else slice(length)
-        ids[index, place], mask[index, place], types[index, place] = row.ids, 1, row.type_ids
+        ids[index, :length], mask[index, :length], types[index, :length] = row.ids, 1, row.type_ids
     arrays = {"input_ids": ids, "attention_mask": mask, "token_type_ids": types}
     return {
         name: torch.from_numpy(array).to(device)

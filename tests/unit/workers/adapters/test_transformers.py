@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -236,7 +237,15 @@ def test_zero_shot_answers_as_the_pipeline(
             _assert_same_labels(value["labels"], [{"label": label, "score": score} for label, score in pairs])
 
 
-def test_zero_shot_cuts_the_text_and_not_the_hypothesis(adapters: dict[str, TransformersAdapter]) -> None:
+def test_zero_shot_cuts_the_text_and_not_the_hypothesis(
+    paths: dict[str, Path], adapters: dict[str, TransformersAdapter]
+) -> None:
+    library = pipeline("zero-shot-classification", str(paths["nli"]), device="cpu")
+    template, text = "the day and the night and " * 5 + "{}", "cat film music " * 12
+    (value,) = _run(adapters["nli"], "zero_shot", [text], labels=LABELS, hypothesis_template=template)
+    expected = library(text, LABELS, hypothesis_template=template)
+    assert [entry["label"] for entry in value["labels"]] == expected["labels"]
+    assert [entry["score"] for entry in value["labels"]] == pytest.approx(expected["scores"], abs=TOLERANCE)
     values = _run(adapters["nli"], "zero_shot", ["cat " * 30, "cat " * 60], labels=LABELS)
     assert [value["truncated"] for value in values] == [False, True]
 
@@ -368,15 +377,24 @@ def test_chunks_cover_the_rows_in_order_within_the_budget(lengths: list[int], bu
     assert all(parts)
 
 
-@pytest.mark.parametrize("side", ["left", "right"])
-def test_padding_and_segments_are_the_tokenizers_own(side: str) -> None:
+def test_padding_and_segments_are_the_tokenizers_own() -> None:
     from transformers import BertTokenizer
 
-    tokenizer = BertTokenizer(vocab=tiny_models.tokenizer().get_vocab(), model_max_length=16, padding_side=side)
+    tokenizer = BertTokenizer(vocab=tiny_models.tokenizer().get_vocab(), model_max_length=16)
     firsts, seconds = ["cat", "the cat sat on the mat " * 4, "é"], ["a film", "sport", "one two"]
     expected = tokenizer(firsts, seconds, padding=True, truncation="only_first", return_tensors="pt")
     bare, pairs = TokensReader(tokenizer, None), TokensReader(tokenizer, 16, "only_first")
-    rows = [pairs.pair(a, b) for a, b in zip(bare.bare(firsts), bare.bare(seconds), strict=True)]  # type: ignore[arg-type]
+    rows = [pairs.pair(a, b) for a, b in zip(bare.bare(firsts), bare.bare(seconds), strict=True)]
     got = collate(rows, tokenizer, "cpu")
     assert got.keys() == expected.keys() == {"input_ids", "attention_mask", "token_type_ids"}
     assert all((got[name] == expected[name]).all() for name in got)
+
+
+def test_a_tokenizer_that_pads_on_the_left_changes_no_answer(
+    adapters: dict[str, TransformersAdapter], tmp_path: Path
+) -> None:
+    path = tiny_models.masked_lm(tmp_path)
+    file = path / "tokenizer_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "padding_side": "left"}))
+    expected = _run(adapters["masked_lm"], "fill_mask", MASKED)
+    assert _run(_load(path, "fill_mask"), "fill_mask", MASKED) == expected
