@@ -1,0 +1,271 @@
+"""``AsyncCortex``: the client for one asyncio event loop."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterable, AsyncIterator, Callable, Iterable, Sequence
+from types import TracebackType
+from typing import Any, Literal, Self, Unpack, overload
+
+from cortex_tasks import payloads as p
+from cortex_tasks.client import options as o
+from cortex_tasks.client.core import Core, Order, Plan, resolve, timed_out
+from cortex_tasks.client.jobs import AsyncJob
+from cortex_tasks.client.map import Window, astream
+from cortex_tasks.client.progress import Progress
+from cortex_tasks.config import FleetConfig
+from cortex_tasks.errors import CortexError
+from cortex_tasks.inputs import is_single
+from cortex_tasks.payloads import CachePolicy, Lane
+from cortex_tasks.replies import AsyncReplies, LoopTicket
+from cortex_tasks.results import JobResult
+from cortex_tasks.settings import Settings, mask_url
+from cortex_tasks.wire import AsyncRedisWire, AsyncWire
+
+__all__ = ["AsyncCortex"]
+
+
+class _Link:
+    """What belongs to one event loop."""
+
+    def __init__(self, wire: AsyncWire, core: Core) -> None:
+        self.loop = asyncio.get_running_loop()
+        self.wire = wire
+        self.core = core
+        self.replies = AsyncReplies(wire, core.channel)
+
+    async def close(self) -> None:
+        await self.replies.close()
+        await self.wire.close()
+
+
+class AsyncCortex:
+    """``Cortex`` as coroutines, over ``redis.asyncio``: no thread a call, one event loop.
+
+    The arguments and the errors are those of ``Cortex``. Use ``async with``, or ``await cortex.aclose()``.
+    """
+
+    def __init__(
+        self,
+        url: str | None = None,
+        *,
+        fleet: FleetConfig | None = None,
+        settings: Settings | None = None,
+        timeout_s: float = 30.0,
+    ) -> None:
+        chosen, fleet = resolve(url, settings, fleet)
+        self._set_up(lambda: AsyncRedisWire(chosen), lambda: Core(fleet, timeout_s), mask_url(chosen.broker))
+
+    @classmethod
+    def _over(
+        cls, wire: Callable[[], AsyncWire], fleet: FleetConfig, timeout_s: float, clock: Callable[[], float]
+    ) -> Self:
+        """A client over another wire than Redis. ``clock``: epoch seconds."""
+        client = cls.__new__(cls)
+        client._set_up(wire, lambda: Core(fleet, timeout_s, clock), "memory")
+        return client
+
+    def _set_up(self, wire: Callable[[], AsyncWire], core: Callable[[], Core], name: str) -> None:
+        self._wire, self._core, self._name = wire, core, name
+        self._current: _Link | None = None
+
+    def __repr__(self) -> str:
+        return f"<AsyncCortex {self._name}>"
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.aclose()
+
+    async def aclose(self) -> None:
+        """Give the connections back; the next call opens new ones. Jobs that are on their way are not cancelled."""
+        link, self._current = self._current, None
+        if link is not None:
+            await link.close()
+
+    # ------------------------------------------------------------------------------------------------- verbs
+
+    @overload
+    async def embed(self, inputs: str, **options: Unpack[o.EmbedOptions]) -> p.Embedding: ...
+    @overload
+    async def embed(self, inputs: o.Texts, **options: Unpack[o.EmbedOptions]) -> JobResult[p.Embedding]: ...
+    async def embed(self, inputs: Any, **options: Any) -> Any:
+        """Sentence embeddings: ``Embedding.vector``, float32."""
+        return await self._ask("embed", inputs, options)
+
+    @overload
+    async def annotate(self, inputs: str, **options: Unpack[o.AnnotateOptions]) -> p.Document: ...
+    @overload
+    async def annotate(self, inputs: o.Texts, **options: Unpack[o.AnnotateOptions]) -> JobResult[p.Document]: ...
+    async def annotate(self, inputs: Any, **options: Any) -> Any:
+        """Tokens, sentences and entities, with character offsets."""
+        return await self._ask("annotate", inputs, options)
+
+    @overload
+    async def classify(self, inputs: str, **options: Unpack[o.ClassifyOptions]) -> p.Classification: ...
+    @overload
+    async def classify(self, inputs: o.Texts, **options: Unpack[o.ClassifyOptions]) -> JobResult[p.Classification]: ...
+    async def classify(self, inputs: Any, **options: Any) -> Any:
+        """Labels with scores, best first."""
+        return await self._ask("classify", inputs, options)
+
+    @overload
+    async def zero_shot(
+        self, inputs: str, labels: Sequence[str], **options: Unpack[o.ZeroShotOptions]
+    ) -> p.Classification: ...
+    @overload
+    async def zero_shot(
+        self, inputs: o.Texts, labels: Sequence[str], **options: Unpack[o.ZeroShotOptions]
+    ) -> JobResult[p.Classification]: ...
+    async def zero_shot(self, inputs: Any, labels: Sequence[str], **options: Any) -> Any:
+        """Classification against the given labels, best first."""
+        return await self._ask("zero_shot", inputs, {**options, "labels": labels})
+
+    @overload
+    async def fill_mask(self, inputs: str, **options: Unpack[o.FillMaskOptions]) -> p.FilledMask: ...
+    @overload
+    async def fill_mask(self, inputs: o.Texts, **options: Unpack[o.FillMaskOptions]) -> JobResult[p.FilledMask]: ...
+    async def fill_mask(self, inputs: Any, **options: Any) -> Any:
+        """Candidates for each ``[MASK]`` of a text, best first."""
+        return await self._ask("fill_mask", inputs, options)
+
+    @overload
+    async def features(self, inputs: str, **options: Unpack[o.FeaturesOptions]) -> p.Features: ...
+    @overload
+    async def features(self, inputs: o.Texts, **options: Unpack[o.FeaturesOptions]) -> JobResult[p.Features]: ...
+    async def features(self, inputs: Any, **options: Any) -> Any:
+        """Hidden states of the last layer: ``Features.matrix``, float32, (tokens, hidden) unpooled."""
+        return await self._ask("features", inputs, options)
+
+    @overload
+    async def forecast(self, inputs: o.SeriesLike | o.Pairs, **options: Unpack[o.ForecastOptions]) -> p.Forecast: ...
+    @overload
+    async def forecast(
+        self, inputs: Iterable[o.SeriesLike | o.Pairs], **options: Unpack[o.ForecastOptions]
+    ) -> JobResult[p.Forecast]: ...
+    async def forecast(self, inputs: Any, **options: Any) -> Any:
+        """Future values of a series with an uncertainty interval."""
+        return await self._ask("forecast", inputs, options)
+
+    @overload
+    async def decompose(
+        self, inputs: o.SeriesLike | o.Pairs, **options: Unpack[o.SeriesOptions]
+    ) -> p.Decomposition: ...
+    @overload
+    async def decompose(
+        self, inputs: Iterable[o.SeriesLike | o.Pairs], **options: Unpack[o.SeriesOptions]
+    ) -> JobResult[p.Decomposition]: ...
+    async def decompose(self, inputs: Any, **options: Any) -> Any:
+        """Trend, seasonalities and residual of a series."""
+        return await self._ask("decompose", inputs, options)
+
+    @overload
+    async def detect_anomalies(
+        self, inputs: o.SeriesLike | o.Pairs, **options: Unpack[o.AnomalyOptions]
+    ) -> p.Anomalies: ...
+    @overload
+    async def detect_anomalies(
+        self, inputs: Iterable[o.SeriesLike | o.Pairs], **options: Unpack[o.AnomalyOptions]
+    ) -> JobResult[p.Anomalies]: ...
+    async def detect_anomalies(self, inputs: Any, **options: Any) -> Any:
+        """The points of a series outside its fitted interval."""
+        return await self._ask("detect_anomalies", inputs, options)
+
+    # ------------------------------------------------------------------------------------------ jobs, streams
+
+    async def submit(
+        self,
+        task: str,
+        inputs: Any,
+        model: str | None = None,
+        *,
+        lane: Lane = "interactive",
+        deadline_s: float | None = None,
+        cache: CachePolicy = "use",
+        **params: Any,
+    ) -> AsyncJob[Any]:
+        """Queue one job and return at once; see ``Cortex.submit``."""
+        plan = self._link().core.plan(task, model=model, lane=lane, deadline_s=deadline_s, cache=cache, **params)
+        order = plan.order_one(inputs) if is_single(task, inputs) else plan.order(inputs)
+        order.check_one_job()
+        tickets = await self._send(order)
+        return AsyncJob(self, order, tickets[0] if tickets else None)
+
+    def map(
+        self,
+        task: str,
+        inputs: Iterable[Any] | AsyncIterable[Any],
+        model: str | None = None,
+        *,
+        chunk: int | None = None,
+        window: int | None = None,
+        lane: Lane = "bulk",
+        progress: bool | None = None,
+        errors: Literal["return", "raise"] = "return",
+        deadline_s: float | None = None,
+        cache: CachePolicy = "use",
+        timeout_s: float | None = None,
+        **params: Any,
+    ) -> AsyncIterator[Any | CortexError]:
+        """Results in order, for any iterable, also an asynchronous one; see ``Cortex.map``.
+
+        What an asynchronous source gives is published as it comes: jobs grow up to ``chunk`` inputs under load.
+        """
+        plan = self._link().core.plan(
+            task, model=model, lane=lane, deadline_s=deadline_s, cache=cache, timeout_s=timeout_s, **params
+        )
+        flow: Window[LoopTicket] = Window(plan, LoopTicket, chunk=chunk, window=window, errors=errors)
+        return astream(self, flow, inputs, Progress.of(plan.spec.name, inputs, progress))
+
+    # ---------------------------------------------------------------------------------------------- machinery
+
+    def _link(self) -> _Link:
+        if self._current is None:
+            self._current = _Link(self._wire(), self._core())
+        elif self._current.loop is not asyncio.get_running_loop():
+            raise RuntimeError("an AsyncCortex belongs to one event loop: make one for each, or aclose() it first")
+        return self._current
+
+    async def _ask(self, task: str, inputs: Any, options: dict[str, Any]) -> Any:
+        plan = self._link().core.plan(task, **options)
+        if is_single(task, inputs):
+            return (await self._answer(plan.order_one(inputs))).values()[0]
+        return await self._answer(plan.order(inputs))
+
+    async def _answer(self, order: Order) -> JobResult[Any]:
+        tickets = await self._send(order)
+        await self._wait(order.plan, tickets, order.plan.timeout_s)
+        return order.result([ticket.outcome for ticket in tickets if ticket.outcome is not None])
+
+    async def _send(self, order: Order) -> list[LoopTicket]:
+        """Publish all the jobs of an order, or none."""
+        link = self._link()
+        tickets = [LoopTicket(draft.id) for draft in order.drafts]
+        if tickets:
+            await link.replies.watch(tickets)
+        sent = 0
+        for batch in order.batches():
+            messages = [draft.message for draft in batch]
+            pushed, depth = await link.wire.push(order.plan.envelope, messages, partial=False)
+            if pushed < len(batch):
+                if sent:
+                    await link.wire.revoke([draft.id for draft in order.drafts[:sent]])
+                raise order.plan.full(len(batch), depth, await link.wire.cards())
+            sent += pushed
+        return tickets
+
+    async def _wait(self, plan: Plan, tickets: Sequence[LoopTicket], timeout_s: float) -> None:
+        until = time.monotonic() + timeout_s
+        for ticket in tickets:
+            if not await ticket.wait(until - time.monotonic()):
+                raise await self._timed_out(plan, timeout_s)
+
+    async def _timed_out(self, plan: Plan, waited_s: float) -> CortexError:
+        link = self._link()
+        if link.replies.down is not None:
+            return link.replies.down
+        return timed_out(plan, waited_s, await link.wire.depth(plan.envelope.queue), await link.wire.cards())

@@ -1,0 +1,304 @@
+"""What both clients do without touching a network: requests in, messages out; outcomes in, results out.
+
+``Core.plan`` checks task, model and parameters; ``Plan.order`` checks the inputs and cuts them into jobs;
+``Order.result`` puts the outcomes of the jobs together again, in the inputs' order.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Final, get_args
+from uuid import uuid4
+
+from pydantic import ValidationError
+
+from cortex_tasks.catalog import TaskSpec, nearest, task_spec
+from cortex_tasks.codec import reply_channel
+from cortex_tasks.config import FleetConfig, Limits, load_fleet
+from cortex_tasks.errors import (
+    ConfigError,
+    CortexError,
+    InvalidInput,
+    InvalidParameter,
+    JobCancelled,
+    ModelError,
+    NoConsumer,
+    QueueFull,
+    ResultTimeout,
+)
+from cortex_tasks.inputs import check_input, check_params
+from cortex_tasks.payloads import CachePolicy, Lane, Timings
+from cortex_tasks.presence import WorkerCard
+from cortex_tasks.publish import Envelope, new_id
+from cortex_tasks.replies import Outcome
+from cortex_tasks.results import JobResult, error_from_meta, items_from_answer
+from cortex_tasks.settings import Settings, mask_url
+
+__all__ = ["Core", "Draft", "Order", "Plan", "resolve", "timed_out"]
+
+#: Kinds of jobs whose envelopes are kept.
+_ENVELOPES: Final = 256
+_DEFAULT_RETRY_S: Final = 1.0
+#: One round trip of publishing carries at most so much: Redis serves nobody else meanwhile.
+_BATCH_JOBS: Final = 512
+_BATCH_BYTES: Final = 4 * 1024 * 1024
+
+
+@dataclass(frozen=True, slots=True)
+class Draft:
+    """One job, ready to be published."""
+
+    id: str
+    message: bytes
+    #: Which of the order's inputs it holds.
+    indexes: Sequence[int]
+
+
+@dataclass(frozen=True, slots=True)
+class Order:
+    """The inputs of one call: some refused on the spot, the others in jobs."""
+
+    plan: Plan
+    count: int
+    drafts: list[Draft]
+    refused: Mapping[int, InvalidInput]
+
+    def check_one_job(self) -> None:
+        """Raises InvalidInput when the inputs do not fit in one job."""
+        limit = self.plan.limits.inputs_per_job
+        if self.count > limit:
+            raise InvalidInput(
+                f"{self.count:,} inputs are over the model's limit of {limit:,} a job; use map() for more",
+                {"limit": limit, "got": self.count},
+            )
+
+    def batches(self) -> Iterator[list[Draft]]:
+        """The drafts, as many at a time as one round trip should carry."""
+        batch: list[Draft] = []
+        size_bytes = 0
+        for draft in self.drafts:
+            if batch and (len(batch) == _BATCH_JOBS or size_bytes + len(draft.message) > _BATCH_BYTES):
+                yield batch
+                batch, size_bytes = [], 0
+            batch.append(draft)
+            size_bytes += len(draft.message)
+        if batch:
+            yield batch
+
+    def result(self, outcomes: Sequence[Outcome]) -> JobResult[Any]:
+        """One entry an input. ``outcomes``: how each draft ended.
+
+        A job that failed as a whole raises its error; where inputs travelled in several jobs it becomes the error
+        of its inputs, unless every job failed. A cancelled one always raises.
+        """
+        errors = [error for outcome in outcomes if (error := _failure(outcome)) is not None]
+        for error in errors:
+            if len(errors) == len(outcomes) or isinstance(error, JobCancelled):
+                raise error
+        return self.entries(outcomes)
+
+    def entries(self, outcomes: Sequence[Outcome]) -> JobResult[Any]:
+        """As ``result``, but the error of a job always becomes the error of its inputs."""
+        items: list[Any] = [None] * self.count
+        for index, refusal in self.refused.items():
+            items[index] = refusal
+        head: dict[str, Any] = {}
+        for draft, outcome in zip(self.drafts, outcomes, strict=True):
+            answer, found = _answered(draft, outcome)
+            for index, item in zip(draft.indexes, found, strict=True):
+                items[index] = item
+            head = _slower(head, answer)
+        return JobResult(self.plan.spec.name, tuple(items), **head)
+
+
+def _failure(outcome: Outcome) -> CortexError | None:
+    if isinstance(outcome, CortexError):
+        return outcome
+    return error_from_meta(outcome) if outcome["status"] != "SUCCESS" else None
+
+
+def _answered(draft: Draft, outcome: Outcome) -> tuple[Mapping[str, Any], Sequence[Any]]:
+    """A job's answer (empty if it failed) and one item for each of its inputs."""
+    count = len(draft.indexes)
+    error = _failure(outcome)
+    if error is not None or isinstance(outcome, CortexError):
+        return {}, [error] * count
+    answer = outcome["result"]
+    try:
+        found = items_from_answer(answer)
+    except (KeyError, TypeError, CortexError) as broken:
+        return {}, [ModelError(f"the worker's answer is malformed: {broken!r}")] * count
+    if len(found) != count:
+        return {}, [ModelError(f"the worker answered {len(found)} of {count} inputs")] * count
+    return answer, found
+
+
+def _slower(head: dict[str, Any], answer: Mapping[str, Any]) -> dict[str, Any]:
+    """Model, revision and timings for a JobResult: of the slower of two jobs."""
+    if not answer:
+        return head
+    timings = Timings(**answer.get("timings", {}))
+    if head and head["timings"].total_ms >= timings.total_ms:
+        return head
+    return {"model": answer["model"], "revision": answer["revision"], "timings": timings}
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """A kind of job: task, model, parameters and delivery, all checked."""
+
+    spec: TaskSpec
+    alias: str
+    limits: Limits
+    truncate: bool
+    envelope: Envelope
+    deadline_s: float | None
+    #: How long the caller waits for an answer.
+    timeout_s: float
+    clock: Callable[[], float]
+
+    def order_one(self, value: Any) -> Order:
+        """One input. Raises InvalidInput."""
+        return self._order([check_input(self.spec.name, value, self.limits, self.truncate)], range(1), {}, 1)
+
+    def order(self, inputs: Iterable[Any]) -> Order:
+        """Several inputs; a bad one becomes an entry of its own and its neighbours go on."""
+        good: list[Any] = []
+        indexes: list[int] = []
+        refused: dict[int, InvalidInput] = {}
+        count = 0
+        for index, value in enumerate(inputs):
+            count += 1
+            try:
+                good.append(check_input(self.spec.name, value, self.limits, self.truncate))
+                indexes.append(index)
+            except InvalidInput as error:
+                refused[index] = error
+        return self._order(good, indexes, refused, count)
+
+    def _order(
+        self, inputs: list[Any], indexes: Sequence[int], refused: Mapping[int, InvalidInput], count: int
+    ) -> Order:
+        size, now = self.limits.inputs_per_job, self.clock()
+        drafts = []
+        for first in range(0, len(inputs), size):
+            job_id, part = new_id(), inputs[first : first + size]
+            message = self.envelope.seal(job_id, part, sent_at=now, deadline_s=self.deadline_s)
+            drafts.append(Draft(job_id, message, indexes[first : first + size]))
+        return Order(self, count, drafts, refused)
+
+    def full(self, jobs: int, depth: int, cards: Iterable[WorkerCard]) -> QueueFull:
+        """The refusal of ``jobs`` by a queue in which ``depth`` jobs wait, with an estimate of when there is room."""
+        queue, limit = self.envelope.queue, self.envelope.limit_jobs
+        rate = sum(card.items_per_s for card in cards if queue in card.queues and card.state == "ready")
+        wait_s = min(60.0, max(0.05, (depth + jobs - limit) / rate)) if rate > 0 else _DEFAULT_RETRY_S
+        return QueueFull(
+            f"queue {queue!r} holds {depth:,} jobs of at most {limit:,}: {jobs:,} more were refused; "
+            f"try again in about {wait_s:.2g} s, or start another worker",
+            {"queue": queue, "limit": limit, "depth": depth, "retry_after_s": wait_s},
+        )
+
+
+@dataclass
+class Core:
+    """The state that the calls of one client share."""
+
+    fleet: FleetConfig
+    timeout_s: float
+    clock: Callable[[], float] = time.time
+    #: Names this client's reply channel.
+    client_id: str = field(default_factory=lambda: uuid4().hex)
+    _envelopes: dict[Any, Envelope] = field(default_factory=dict)
+
+    @property
+    def channel(self) -> str:
+        return reply_channel(self.client_id)
+
+    def plan(
+        self,
+        task: str,
+        *,
+        model: str | None = None,
+        lane: Lane = "interactive",
+        deadline_s: float | None = None,
+        cache: CachePolicy = "use",
+        timeout_s: float | None = None,
+        **params: Any,
+    ) -> Plan:
+        """Check everything but the inputs. Raises UnknownTask, UnknownModel, InvalidParameter."""
+        spec = task_spec(task)
+        alias, config = self.fleet.model(model, spec.name)
+        _one_of("lane", lane, get_args(Lane))
+        _one_of("cache", cache, get_args(CachePolicy))
+        if deadline_s is not None:
+            _seconds("deadline_s", deadline_s)
+        if timeout_s is not None and timeout_s != math.inf:
+            _seconds("timeout_s", timeout_s)
+        checked = check_params(spec.name, params, config.limits)
+        given = checked.model_dump(mode="json", exclude_defaults=True)
+        # A checked parameter is JSON: its repr is as good as its content.
+        key = (spec.name, alias, lane, cache, repr(given))
+        envelope = self._envelopes.get(key)
+        if envelope is None:
+            if len(self._envelopes) >= _ENVELOPES:
+                self._envelopes.clear()
+            envelope = self._envelopes[key] = Envelope(
+                spec,
+                {"model": alias, **given},
+                queue=config.queue,
+                limit_jobs=config.limits.queue_jobs,
+                lane=lane,
+                cache=cache,
+                reply_to=self.channel,
+            )
+        return Plan(
+            spec=spec,
+            alias=alias,
+            limits=config.limits,
+            truncate=bool(getattr(checked, "truncate", False)),
+            envelope=envelope,
+            deadline_s=deadline_s,
+            timeout_s=self.timeout_s if timeout_s is None else timeout_s,
+            clock=self.clock,
+        )
+
+
+def resolve(url: str | None, settings: Settings | None, fleet: FleetConfig | None) -> tuple[Settings, FleetConfig]:
+    """What a client was given, completed from the environment. Raises ConfigError."""
+    chosen = settings or Settings.from_env()
+    if url is not None:
+        try:
+            given: dict[str, Any] = chosen.model_dump() | {"broker_url": url}
+            # A URL alone means this one server, whatever the environment says of results.
+            chosen = Settings.model_validate(given if settings is not None else given | {"result_url": None})
+        except ValidationError:
+            raise ConfigError(f"{mask_url(url)} is not a Redis URL: write redis://host:port/db") from None
+    return chosen, fleet if fleet is not None else load_fleet(chosen.queues_file)
+
+
+def _one_of(name: str, value: Any, known: tuple[str, ...]) -> None:
+    if value not in known:
+        raise InvalidParameter(f"unknown {name} {value!r}{nearest(str(value), known)}", {name: str(value)})
+
+
+def _seconds(name: str, value: Any) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < 1e9:
+        raise InvalidParameter(f"{name} must be a number of seconds above 0, not {value!r}")
+
+
+def timed_out(plan: Plan, waited_s: float, depth: int, cards: Sequence[WorkerCard]) -> ResultTimeout:
+    """Why no answer came: nobody consumes the queue, or those who do are not through."""
+    queue = plan.envelope.queue
+    said = f"no answer to cortex.{plan.spec.name} on model {plan.alias!r} within {waited_s:.3g} s"
+    details = {"queue": queue, "depth": depth, "timeout_s": waited_s}
+    consumers = [card for card in cards if queue in card.queues]
+    if any(card.state == "ready" for card in consumers):
+        return ResultTimeout(f"{said}: {depth:,} jobs wait in queue {queue!r}; the job itself goes on", details)
+    if any(card.state == "starting" for card in consumers):
+        return ResultTimeout(f"{said}: the worker of queue {queue!r} is still loading its models", details)
+    return NoConsumer(
+        f"{said}: no worker consumes queue {queue!r}; start one: celery -A workers.app worker -Q {queue}", details
+    )

@@ -1,0 +1,129 @@
+"""A job that was submitted: ask for its state, wait for its result, cancel it."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Final, Generic, Literal, TypeVar, cast
+
+from cortex_tasks import codec
+from cortex_tasks.client.core import Order
+from cortex_tasks.errors import CortexError, JobCancelled
+from cortex_tasks.publish import new_id
+from cortex_tasks.replies import LoopTicket, Outcome, ThreadTicket
+from cortex_tasks.results import JobResult
+
+if TYPE_CHECKING:
+    from cortex_tasks.client.aio import AsyncCortex
+    from cortex_tasks.client.sync import Cortex
+
+__all__ = ["AsyncJob", "Job", "State"]
+
+T = TypeVar("T")
+State = Literal["PENDING", "STARTED", "SUCCESS", "FAILURE", "REVOKED"]
+_STARTED: Final = frozenset({"STARTED", "RETRY"})
+
+
+def _cancelled() -> JobCancelled:
+    return JobCancelled("the job was cancelled by its submitter")
+
+
+def _state(outcome: Outcome | None, stored: bytes | None) -> State:
+    """The state of a job whose outcome may not be known yet. ``stored``: its result meta, as far as there is one."""
+    if isinstance(outcome, JobCancelled):
+        return "REVOKED"
+    if isinstance(outcome, CortexError):
+        return "FAILURE"
+    status = outcome["status"] if outcome is not None else codec.loads(stored)["status"] if stored else "PENDING"
+    return "STARTED" if status in _STARTED else cast("State", status)
+
+
+class Job(Generic[T]):
+    """A job submitted by ``Cortex.submit``. Dropping it loses interest in the answer, but does not cancel it."""
+
+    def __init__(self, client: Cortex, order: Order, ticket: ThreadTicket | None) -> None:
+        self._client = client
+        self._order = order
+        # Every input was refused on the spot: nothing travels.
+        self._ticket = ticket
+        #: The Celery task id.
+        self.id = ticket.id if ticket else new_id()
+
+    def __repr__(self) -> str:
+        return f"<Job {self._order.plan.spec.name} {self.id}>"
+
+    @property
+    def state(self) -> State:
+        """Celery's state. Raises BrokerUnavailable."""
+        if self._ticket is None:
+            return "SUCCESS"
+        stored = None if self._ticket.outcome else self._client._link().wire.fetch([self.id])[0]
+        return _state(self._ticket.outcome, stored)
+
+    def done(self) -> bool:
+        """Whether ``result`` would return or raise at once. Asks nobody."""
+        return self._ticket is None or self._ticket.outcome is not None
+
+    def result(self, timeout_s: float | None = None) -> JobResult[T]:
+        """Wait for the answer: one entry an input. May be called again after a time-out.
+
+        Raises ResultTimeout (NoConsumer, when no worker consumes the queue), JobCancelled, DeadlineExceeded,
+        ModelError when the job failed as a whole, BrokerUnavailable.
+        """
+        if self._ticket is None:
+            return self._order.result([])
+        if self._ticket.outcome is None:
+            # Again, since the process may have forked or the client been closed meanwhile.
+            self._client._link().replies.watch([self._ticket])
+            plan = self._order.plan
+            self._client._wait(plan, [self._ticket], plan.timeout_s if timeout_s is None else timeout_s)
+        return self._order.result([cast("Outcome", self._ticket.outcome)])
+
+    def cancel(self) -> bool:
+        """Tell the workers to drop the job unless they have begun; False if it is over already."""
+        if self._ticket is None or self._ticket.outcome is not None:
+            return False
+        self._client._link().wire.revoke([self.id])
+        self._ticket.settle(_cancelled())
+        return True
+
+
+class AsyncJob(Generic[T]):
+    """A job submitted by ``AsyncCortex.submit``; see ``Job``."""
+
+    def __init__(self, client: AsyncCortex, order: Order, ticket: LoopTicket | None) -> None:
+        self._client = client
+        self._order = order
+        self._ticket = ticket
+        #: The Celery task id.
+        self.id = ticket.id if ticket else new_id()
+
+    def __repr__(self) -> str:
+        return f"<AsyncJob {self._order.plan.spec.name} {self.id}>"
+
+    async def state(self) -> State:
+        """Celery's state. Raises BrokerUnavailable."""
+        if self._ticket is None:
+            return "SUCCESS"
+        stored = None if self._ticket.outcome else (await self._client._link().wire.fetch([self.id]))[0]
+        return _state(self._ticket.outcome, stored)
+
+    def done(self) -> bool:
+        """Whether ``result`` would return or raise at once. Asks nobody."""
+        return self._ticket is None or self._ticket.outcome is not None
+
+    async def result(self, timeout_s: float | None = None) -> JobResult[T]:
+        """Wait for the answer: one entry an input; see ``Job.result``."""
+        if self._ticket is None:
+            return self._order.result([])
+        if self._ticket.outcome is None:
+            await self._client._link().replies.watch([self._ticket])
+            plan = self._order.plan
+            await self._client._wait(plan, [self._ticket], plan.timeout_s if timeout_s is None else timeout_s)
+        return self._order.result([cast("Outcome", self._ticket.outcome)])
+
+    async def cancel(self) -> bool:
+        """Tell the workers to drop the job unless they have begun; False if it is over already."""
+        if self._ticket is None or self._ticket.outcome is not None:
+            return False
+        await self._client._link().wire.revoke([self.id])
+        self._ticket.settle(_cancelled())
+        return True

@@ -1,0 +1,316 @@
+"""``map``: any number of inputs as a stream of jobs, a bounded number of them in flight, answers in order.
+
+``Window`` decides, without IO, what to read, publish and hand out next; ``stream`` and ``astream`` drive it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import time
+from collections import deque
+from collections.abc import AsyncIterable, AsyncIterator, Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Final, Generic, Literal, TypeVar
+
+from cortex_tasks.catalog import InputKind
+from cortex_tasks.client.core import Draft, Order, Plan
+from cortex_tasks.client.progress import Progress
+from cortex_tasks.errors import BrokerUnavailable, InvalidParameter
+from cortex_tasks.replies import LoopTicket, ThreadTicket, Ticket
+
+if TYPE_CHECKING:
+    from cortex_tasks.client.aio import AsyncCortex
+    from cortex_tasks.client.sync import Cortex
+
+__all__ = ["Window", "astream", "stream"]
+
+#: Inputs of one job.
+_CHUNK: Final = {InputKind.TEXT: 64, InputKind.SERIES: 4}
+#: Jobs in flight at most.
+_WINDOW: Final = 64
+#: A slow source is not waited for longer than this before what it gave is published.
+_LINGER_S: Final = 0.1
+
+K = TypeVar("K", bound=Ticket)
+
+
+@dataclass(slots=True)
+class Chunk(Generic[K]):
+    """A job of the stream, with the inputs that were refused on the spot."""
+
+    order: Order
+    #: None when every input was refused: nothing travels.
+    ticket: K | None
+    sent: bool
+
+    @property
+    def done(self) -> bool:
+        return self.ticket is None or self.ticket.outcome is not None
+
+    @property
+    def draft(self) -> Draft:
+        return self.order.drafts[0]
+
+
+class Window(Generic[K]):
+    """The chunks that were read and not yet handed out, in order."""
+
+    def __init__(
+        self,
+        plan: Plan,
+        ticket: Callable[[str], K],
+        *,
+        chunk: int | None,
+        window: int | None,
+        errors: Literal["return", "raise"],
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        if errors not in ("return", "raise"):
+            raise InvalidParameter(f"errors must be 'return' or 'raise', not {errors!r}")
+        self.plan, self.clock = plan, clock
+        self.chunk = _count("chunk", chunk, min(_CHUNK[plan.spec.input], plan.limits.inputs_per_job))
+        if self.chunk > plan.limits.inputs_per_job:
+            raise InvalidParameter(
+                f"chunk is {self.chunk:,}, over the model's limit of {plan.limits.inputs_per_job:,} inputs a job"
+            )
+        self.jobs = _count("window", window, _WINDOW)
+        #: Jobs are read and published so many at a time, once there is room for them.
+        self.step = max(1, self.jobs // 4)
+        self.exhausted = False
+        self.retry_at = 0.0
+        self.chunks: deque[Chunk[K]] = deque()
+        self._ticket, self._raise = ticket, errors == "raise"
+
+    def wants(self) -> bool:
+        """Whether to read on."""
+        return not self.exhausted and len(self.chunks) + self.step <= self.jobs
+
+    def add(self, inputs: Sequence[Any]) -> None:
+        """The next inputs of the source: at most ``chunk``; none at all means that it has ended."""
+        if not inputs:
+            self.exhausted = True
+            return
+        order = self.plan.order(inputs)
+        ticket = self._ticket(order.drafts[0].id) if order.drafts else None
+        self.chunks.append(Chunk(order, ticket, sent=ticket is None))
+
+    def read(self, source: Iterator[Any]) -> None:
+        """Read up to ``step`` chunks, fewer from a slow source or when an answer is there to hand out."""
+        until = self.clock() + _LINGER_S
+        for _ in range(self.step):
+            self.add(self._take(source, until))
+            if self.exhausted or self.chunks[0].done or self.clock() > until:
+                return
+
+    def _take(self, source: Iterator[Any], until: float) -> list[Any]:
+        inputs: list[Any] = []
+        for value in source:
+            inputs.append(value)
+            if len(inputs) == self.chunk or self.clock() > until:
+                break
+        return inputs
+
+    def unsent(self) -> list[Chunk[K]]:
+        """What to publish now, in order."""
+        return [chunk for chunk in self.chunks if not chunk.sent] if self.clock() >= self.retry_at else []
+
+    def pushed(self, chunks: Sequence[Chunk[K]], count: int) -> None:
+        """The first so many of these were published."""
+        for chunk in chunks[:count]:
+            chunk.sent = True
+
+    def full(self, retry_after_s: float) -> None:
+        """The queue was full: publish nothing for so long."""
+        self.retry_at = self.clock() + retry_after_s
+
+    def answers(self) -> list[Any]:
+        """Hand out the first chunk, which is done. Raises its first error where that was asked for."""
+        chunk = self.chunks.popleft()
+        outcomes = [chunk.ticket.outcome] if chunk.ticket is not None and chunk.ticket.outcome is not None else []
+        result = chunk.order.entries(outcomes)
+        return list(result.values() if self._raise else result)
+
+    def answered(self) -> int:
+        """How many of the chunks in flight are done; stands still while nothing is answered."""
+        return sum(chunk.done for chunk in self.chunks)
+
+    def unfinished(self) -> list[str]:
+        """The jobs to cancel when the stream is left early."""
+        return [chunk.draft.id for chunk in self.chunks if chunk.sent and not chunk.done]
+
+
+def _count(name: str, value: int | None, default: int) -> int:
+    if value is None:
+        return default
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise InvalidParameter(f"{name} must be a whole number above 0, not {value!r}")
+    return value
+
+
+def stream(client: Cortex, flow: Window[ThreadTicket], inputs: Iterable[Any], progress: Progress) -> Iterator[Any]:
+    """Drive a window with threads."""
+    source = iter(inputs)
+    try:
+        while True:
+            if flow.wants():
+                flow.read(source)
+            _publish(client, flow)
+            if not flow.chunks:
+                return
+            first = flow.chunks[0]
+            if not first.sent:
+                time.sleep(max(0.0, flow.retry_at - flow.clock()))
+                continue
+            if first.ticket is not None:
+                _await_first(client, flow, first.ticket)
+            found = flow.answers()
+            progress.add(len(found))
+            yield from found
+    finally:
+        progress.close()
+        if unfinished := flow.unfinished():
+            with suppress(BrokerUnavailable):
+                client._link().wire.revoke(unfinished)
+
+
+def _publish(client: Cortex, flow: Window[ThreadTicket]) -> None:
+    chunks = flow.unsent()
+    if not chunks:
+        return
+    link = client._link()
+    link.replies.watch([chunk.ticket for chunk in chunks if chunk.ticket is not None])
+    pushed, depth = link.wire.push(flow.plan.envelope, [chunk.draft.message for chunk in chunks], partial=True)
+    flow.pushed(chunks, pushed)
+    if pushed < len(chunks):
+        flow.full(flow.plan.full(len(chunks) - pushed, depth, link.wire.cards()).retry_after_s)
+
+
+def _await_first(client: Cortex, flow: Window[ThreadTicket], ticket: ThreadTicket) -> None:
+    """Wait for the first chunk for as long as any chunk is answered meanwhile."""
+    answered = flow.answered()
+    while not ticket.wait(flow.plan.timeout_s):
+        if flow.answered() == answered:
+            raise client._timed_out(flow.plan, flow.plan.timeout_s)
+        answered = flow.answered()
+
+
+class _Inlet:
+    """A source, read ahead by a task of its own, so that a slow one delays no answer."""
+
+    def __init__(self, inputs: Iterable[Any] | AsyncIterable[Any], ahead: int) -> None:
+        source = inputs if isinstance(inputs, AsyncIterable) else _aiter(inputs)
+        self._ahead = ahead
+        self._buffer: deque[Any] = deque()
+        self._ended = False
+        self._error: BaseException | None = None
+        self._room = asyncio.Event()
+        #: Set while there is something to take, the source's end included.
+        self.ready = asyncio.Event()
+        self._task = asyncio.create_task(self._read(source), name="cortex-map-source")
+
+    async def _read(self, source: AsyncIterable[Any]) -> None:
+        try:
+            async for value in source:
+                self._buffer.append(value)
+                self.ready.set()
+                if len(self._buffer) >= self._ahead:
+                    self._room.clear()
+                    await self._room.wait()
+        except Exception as error:
+            # The source's own error: whoever reads the stream gets it.
+            self._error = error
+        finally:
+            self._ended = True
+            self.ready.set()
+
+    def fill(self, flow: Window[Any]) -> None:
+        """Give the window what is there, as far as it wants it. Raises the source's own error, at its place."""
+        while flow.wants() and (self._buffer or self._ended):
+            if not self._buffer and self._error is not None:
+                raise self._error
+            flow.add([self._buffer.popleft() for _ in range(min(flow.chunk, len(self._buffer)))])
+        if len(self._buffer) < self._ahead:
+            self._room.set()
+        if not self._buffer and not self._ended:
+            self.ready.clear()
+
+    async def close(self) -> None:
+        self._task.cancel()
+        await asyncio.gather(self._task, return_exceptions=True)
+
+
+async def _aiter(inputs: Iterable[Any]) -> AsyncIterator[Any]:
+    for count, value in enumerate(inputs, 1):
+        yield value
+        if count % 64 == 0:
+            await asyncio.sleep(0)
+
+
+async def astream(
+    client: AsyncCortex, flow: Window[LoopTicket], inputs: Iterable[Any] | AsyncIterable[Any], progress: Progress
+) -> AsyncIterator[Any]:
+    """Drive a window with coroutines."""
+    inlet = _Inlet(inputs, flow.chunk * flow.step)
+    try:
+        while flow.chunks or not flow.exhausted:
+            await _something(client, flow, inlet)
+            inlet.fill(flow)
+            await _apublish(client, flow)
+            while flow.chunks and flow.chunks[0].done:
+                found = flow.answers()
+                progress.add(len(found))
+                for item in found:
+                    yield item
+    finally:
+        progress.close()
+        await inlet.close()
+        if unfinished := flow.unfinished():
+            with suppress(BrokerUnavailable):
+                await client._link().wire.revoke(unfinished)
+
+
+async def _something(client: AsyncCortex, flow: Window[LoopTicket], inlet: _Inlet) -> None:
+    """Wait until the first chunk is answered or the source has something that the window wants."""
+    first = flow.chunks[0] if flow.chunks else None
+    if (first is not None and first.done) or (flow.wants() and inlet.ready.is_set()):
+        return
+    if first is None or first.ticket is None:
+        await inlet.ready.wait()
+        return
+    if not first.sent:
+        await asyncio.sleep(max(0.0, flow.retry_at - flow.clock()))
+        return
+    answered = flow.answered()
+    if flow.wants():
+        moved = await _either(first.ticket, inlet.ready, flow.plan.timeout_s)
+    else:
+        moved = await first.ticket.wait(flow.plan.timeout_s)
+    if not moved and flow.answered() == answered:
+        raise await client._timed_out(flow.plan, flow.plan.timeout_s)
+
+
+async def _either(ticket: LoopTicket, ready: asyncio.Event, timeout_s: float) -> bool:
+    """Whether the job is over or the event set, waiting up to ``timeout_s``."""
+    waits = {asyncio.ensure_future(ticket.wait(math.inf)), asyncio.ensure_future(ready.wait())}
+    try:
+        done, _ = await asyncio.wait(
+            waits, timeout=None if timeout_s == math.inf else timeout_s, return_when=asyncio.FIRST_COMPLETED
+        )
+        return bool(done)
+    finally:
+        for wait in waits:
+            wait.cancel()
+
+
+async def _apublish(client: AsyncCortex, flow: Window[LoopTicket]) -> None:
+    chunks = flow.unsent()
+    if not chunks:
+        return
+    link = client._link()
+    await link.replies.watch([chunk.ticket for chunk in chunks if chunk.ticket is not None])
+    pushed, depth = await link.wire.push(flow.plan.envelope, [chunk.draft.message for chunk in chunks], partial=True)
+    flow.pushed(chunks, pushed)
+    if pushed < len(chunks):
+        flow.full(flow.plan.full(len(chunks) - pushed, depth, await link.wire.cards()).retry_after_s)

@@ -1,0 +1,176 @@
+"""Jobs -> messages, and many messages -> a queue in one round trip.
+
+A message is what stock Celery (task protocol 2) and kombu's Redis transport would push, readable by any Celery
+worker; only most of it is encoded once for all the jobs of one kind. No IO happens here: a wire
+(``cortex_tasks.wire``) carries what this module builds.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
+from json.encoder import JSONEncoder
+from typing import Any, Final
+from uuid import uuid4
+
+from cortex_tasks.catalog import TaskSpec
+from cortex_tasks.codec import HEADER, priority_of, queue_key, queue_keys
+from cortex_tasks.payloads import CachePolicy, Lane, Series
+
+__all__ = ["PUSH_SCRIPT", "Envelope", "new_id", "push_arguments", "revoke_message", "short_repr"]
+
+#: Push while there is room. KEYS: the queue's lists. ARGV: the limit, the 1-based list to push to, 1 when a part may
+#: be pushed where not all fit (else 0), then the messages. Returns {pushed, jobs in the queue afterwards}.
+PUSH_SCRIPT: Final = """
+local depth = 0
+for _, key in ipairs(KEYS) do depth = depth + redis.call('LLEN', key) end
+local limit, target, given = tonumber(ARGV[1]), KEYS[tonumber(ARGV[2])], #ARGV - 3
+local room = math.min(given, math.max(0, limit - depth))
+if room < given and ARGV[3] == '0' then room = 0 end
+for first = 4, 3 + room, 1000 do
+  redis.call('LPUSH', target, unpack(ARGV, first, math.min(first + 999, 3 + room)))
+end
+return {room, depth + room}
+"""
+
+#: Characters of a job's parameters that Flower and logs show.
+_SHOWN_CHARS: Final = 200
+
+
+def _series(value: Any) -> dict[str, Any]:
+    if isinstance(value, Series):
+        return {"ds": value.ds, "y": value.y}
+    raise TypeError(f"not a wire type: {type(value).__name__}")
+
+
+_encode = JSONEncoder(ensure_ascii=False, separators=(",", ":"), allow_nan=False, default=_series).encode
+
+
+def new_id() -> str:
+    """A job's id: a UUID, as Celery's are."""
+    return str(uuid4())
+
+
+def short_repr(inputs: Sequence[Any]) -> str:
+    """``<3 texts, 'The quick bro…'>``: the inputs as Flower and logs show them, never whole."""
+    first = inputs[0] if inputs else None
+    if isinstance(first, str):
+        noun = "text" if len(inputs) == 1 else "texts"
+        return f"<{len(inputs)} {noun}, {_cut(first, 14)!r}>"
+    if isinstance(first, Series):
+        return f"<{len(inputs)} series, {len(first.y)} points>"
+    return f"<{len(inputs)} inputs>"
+
+
+def short_options(options: Mapping[str, Any]) -> str:
+    """``'model': 'minilm', 'top_k': 3``, cut to a readable length."""
+    return _cut(", ".join(f"{name!r}: {value!r}" for name, value in options.items()), _SHOWN_CHARS)
+
+
+def _cut(text: str, length: int) -> str:
+    return text if len(text) <= length else f"{text[: length - 1]}…"
+
+
+class Envelope:
+    """A message with holes: what the jobs of one kind and one client share, encoded once."""
+
+    __slots__ = ("_body_end", "_headers", "_options", "_properties", "lane", "limit_jobs", "queue")
+
+    def __init__(
+        self,
+        spec: TaskSpec,
+        options: Mapping[str, Any],
+        *,
+        queue: str,
+        limit_jobs: int,
+        lane: Lane,
+        cache: CachePolicy,
+        reply_to: str,
+    ) -> None:
+        """``options``: the task's keyword arguments beside its inputs, in JSON types."""
+        self.queue = queue
+        self.lane = lane
+        #: Jobs waiting in the queue beyond which a push is refused.
+        self.limit_jobs = limit_jobs
+        self._options = short_options(options)
+        callbacks = dict.fromkeys(("callbacks", "errbacks", "chain", "chord"))
+        self._body_end = f",{_encode(options)[1:]},{_encode(callbacks)}]"
+        self._headers = _encode(_static_headers(spec, cache)).removesuffix("}}")
+        self._properties = _encode(_static_properties(queue, lane, reply_to)).removesuffix("}")
+
+    def seal(self, job_id: str, inputs: Sequence[Any], *, sent_at: float, deadline_s: float | None = None) -> bytes:
+        """The message of one job. ``sent_at``: epoch seconds; ``inputs``: checked texts or Series."""
+        body = f'[[],{{"inputs":{_encode(inputs)}{self._body_end}'
+        shown = f"{{'inputs': {short_repr(inputs)}, {self._options}}}"
+        expires, expiration = "null", ""
+        if deadline_s is not None:
+            expires = f'"{datetime.fromtimestamp(sent_at + deadline_s, UTC).isoformat()}"'
+            expiration = f',"expiration":"{int(deadline_s * 1000)}"'
+        return (
+            f'{{"body":{_encode(body)},"content-encoding":"utf-8","content-type":"application/json",'
+            f'"headers":{self._headers},"sent_at":{sent_at!r}}},'
+            f'"id":"{job_id}","root_id":"{job_id}","expires":{expires},"kwargsrepr":{_encode(shown)}}},'
+            f'"properties":{self._properties},"correlation_id":"{job_id}","delivery_tag":"{job_id}"{expiration}}}}}'
+        ).encode()
+
+
+def _static_headers(spec: TaskSpec, cache: CachePolicy) -> dict[str, Any]:
+    """Celery's headers that do not change from job to job; Cortex's own comes last, for ``sent_at`` to follow."""
+    return {
+        "lang": "py",
+        "task": spec.celery_name,
+        "shadow": None,
+        "eta": None,
+        "group": None,
+        "group_index": None,
+        "retries": 0,
+        "timelimit": [None, None],
+        "parent_id": None,
+        "argsrepr": "()",
+        "origin": f"gen{os.getpid()}@{socket.gethostname()}",
+        "ignore_result": False,
+        "replaced_task_nesting": 0,
+        "stamped_headers": None,
+        "stamps": {},
+        HEADER: {"packed": True, "cache": cache},
+    }
+
+
+def _static_properties(queue: str, lane: Lane, reply_to: str) -> dict[str, Any]:
+    return {
+        "reply_to": reply_to,
+        "delivery_mode": 2,
+        "delivery_info": {"exchange": "", "routing_key": queue},
+        "priority": priority_of(lane),
+        # kombu takes a body so marked as it is; its default, base64, costs a third more.
+        "body_encoding": "utf-8",
+    }
+
+
+def push_arguments(envelope: Envelope, messages: Sequence[bytes], *, partial: bool) -> tuple[list[str], list[Any]]:
+    """KEYS and ARGV of PUSH_SCRIPT."""
+    keys = list(queue_keys(envelope.queue))
+    target = keys.index(queue_key(envelope.queue, priority_of(envelope.lane)))
+    return keys, [envelope.limit_jobs, target + 1, int(partial), *messages]
+
+
+def revoke_message(job_ids: Sequence[str], db: int = 0) -> tuple[str, bytes]:
+    """Channel and message that tell every worker to drop jobs: what ``app.control.revoke`` publishes."""
+    arguments = {"task_id": list(job_ids), "terminate": False, "signal": "SIGTERM"}
+    body = {"method": "revoke", "arguments": arguments, "destination": None, "pattern": None, "matcher": None}
+    message = {
+        "body": _encode(body),
+        "content-encoding": "utf-8",
+        "content-type": "application/json",
+        "headers": {"clock": 0, "expires": 0},
+        "properties": {
+            "delivery_mode": 2,
+            "delivery_info": {"exchange": "celery.pidbox", "routing_key": ""},
+            "priority": 0,
+            "body_encoding": "utf-8",
+            "delivery_tag": new_id(),
+        },
+    }
+    return f"/{db}.celery.pidbox", _encode(message).encode()

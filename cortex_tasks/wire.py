@@ -1,0 +1,291 @@
+"""What a client needs of Redis, and nothing else: two small interfaces and their two implementations.
+
+``cortex_tasks.testing`` implements the same interfaces in memory. Every method raises BrokerUnavailable when
+Redis does not answer; the message names its URL with the password masked.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from asyncio import sleep
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, Final, Protocol
+
+import redis
+from redis.backoff import ConstantBackoff, NoBackoff
+from redis.exceptions import NoPermissionError, RedisError
+
+from cortex_tasks.codec import queue_keys, result_key
+from cortex_tasks.config import Settings, mask_url
+from cortex_tasks.errors import BrokerUnavailable, ConfigError
+from cortex_tasks.presence import WORKERS_KEY, WorkerCard, parse_cards, read_cards, worker_key
+from cortex_tasks.publish import PUSH_SCRIPT, Envelope, push_arguments, revoke_message
+
+if TYPE_CHECKING:
+    import redis.asyncio
+
+__all__ = ["AsyncRedisWire", "AsyncWire", "RedisWire", "Wire"]
+
+_log = logging.getLogger(__name__)
+
+#: A command that takes longer than this finds Redis unavailable.
+COMMAND_TIMEOUT_S: Final = 4.0
+#: Connections of one AsyncCortex; more commands at once wait for one of them.
+ASYNC_CONNECTIONS: Final = 16
+
+
+class Wire(Protocol):
+    """What ``Cortex`` needs. One thread calls ``listen``, ``receive`` and ``unlisten``; any thread the others."""
+
+    def push(self, envelope: Envelope, messages: Sequence[bytes], *, partial: bool) -> tuple[int, int]:
+        """Queue messages, if the queue's limit allows: all or none of them, or (``partial``) the first so many.
+
+        Returns how many were queued, and the jobs that wait in the queue afterwards.
+        """
+
+    def fetch(self, job_ids: Sequence[str]) -> list[bytes | None]:
+        """The stored result metas of jobs, in one round trip; None where there is none yet."""
+
+    def listen(self, channel: str) -> None:
+        """Subscribe, on a connection of its own. Returns when the subscription stands."""
+
+    def receive(self, timeout_s: float) -> list[str]:
+        """Ids of finished jobs that were announced; waits for the first up to ``timeout_s``."""
+
+    def unlisten(self) -> None:
+        """Give the subscription's connection back."""
+
+    def revoke(self, job_ids: Sequence[str]) -> None:
+        """Tell every worker to drop these jobs, in one broadcast."""
+
+    def cards(self) -> list[WorkerCard]:
+        """The workers that are there."""
+
+    def depth(self, queue: str) -> int:
+        """Jobs that wait in a queue and were not yet taken by a worker."""
+
+    def close(self) -> None:
+        """Give every connection back."""
+
+
+class AsyncWire(Protocol):
+    """``Wire``, as coroutines of one event loop."""
+
+    async def push(self, envelope: Envelope, messages: Sequence[bytes], *, partial: bool) -> tuple[int, int]: ...
+    async def fetch(self, job_ids: Sequence[str]) -> list[bytes | None]: ...
+    async def listen(self, channel: str) -> None: ...
+    async def receive(self, timeout_s: float) -> list[str]: ...
+    async def unlisten(self) -> None: ...
+    async def revoke(self, job_ids: Sequence[str]) -> None: ...
+    async def cards(self) -> list[WorkerCard]: ...
+    async def depth(self, queue: str) -> int: ...
+    async def close(self) -> None: ...
+
+
+@contextmanager
+def _reaching(url: str) -> Iterator[None]:
+    try:
+        yield
+    except (RedisError, OSError) as error:
+        raise BrokerUnavailable(f"Redis at {mask_url(url)} does not answer: {error}", {"url": mask_url(url)}) from error
+
+
+def _client_options(settings: Settings, retry: Any) -> dict[str, Any]:
+    return {
+        "socket_connect_timeout": settings.connect_timeout_s,
+        "socket_timeout": COMMAND_TIMEOUT_S,
+        "health_check_interval": 30,
+        "retry": retry,
+    }
+
+
+def _announced(message: Any) -> list[str]:
+    if message["type"] != "message":
+        return []
+    ids: list[str] = message["data"].decode(errors="replace").split()
+    return ids
+
+
+@contextmanager
+def _no_permission(channel: str) -> Iterator[None]:
+    """An ACL user may lack the channel: answers are then found by polling, which is slower but works."""
+    try:
+        yield
+    except NoPermissionError:
+        _log.warning("no permission to subscribe to %s: answers will be polled for; grant &cortex:reply:*", channel)
+
+
+@contextmanager
+def _valid(url: str) -> Iterator[None]:
+    try:
+        yield
+    except ValueError as error:
+        raise ConfigError(f"{mask_url(url)} is not a Redis URL: {error}") from None
+
+
+class RedisWire:
+    """``Wire`` over redis-py. Broker and results may be two servers."""
+
+    def __init__(self, settings: Settings) -> None:
+        self._broker_url, self._results_url = settings.broker, settings.results
+        # One retry mends a connection that died in the pool; a time-out is final, or it would add up.
+        once = redis.retry.Retry(ConstantBackoff(0.05), 1, (redis.ConnectionError,))
+        never = redis.retry.Retry(NoBackoff(), 0)
+        # Any: redis-py types its commands for both of its clients at once.
+        self._broker: Any
+        self._results: Any
+        self._listener: Any
+        with _valid(self._broker_url):
+            self._broker = redis.Redis.from_url(self._broker_url, **_client_options(settings, once))
+        with _valid(self._results_url):
+            self._results = redis.Redis.from_url(self._results_url, **_client_options(settings, once))
+            # A silent reconnect would hide that announcements were missed.
+            self._listener = redis.Redis.from_url(self._results_url, **_client_options(settings, never))
+        self._push = self._broker.register_script(PUSH_SCRIPT)
+        self._db = int(self._broker.get_connection_kwargs().get("db", 0))
+        self._pubsub: Any = None
+
+    def push(self, envelope: Envelope, messages: Sequence[bytes], *, partial: bool) -> tuple[int, int]:
+        keys, args = push_arguments(envelope, messages, partial=partial)
+        with _reaching(self._broker_url):
+            pushed, depth = self._push(keys, args)
+        return int(pushed), int(depth)
+
+    def fetch(self, job_ids: Sequence[str]) -> list[bytes | None]:
+        with _reaching(self._results_url):
+            found = self._results.mget([result_key(job_id) for job_id in job_ids])
+        return list(found)
+
+    def listen(self, channel: str) -> None:
+        self.unlisten()
+        with _reaching(self._results_url), _no_permission(channel):
+            pubsub = self._listener.pubsub()
+            pubsub.subscribe(channel)
+            pubsub.get_message(timeout=COMMAND_TIMEOUT_S)
+            self._pubsub = pubsub
+
+    def receive(self, timeout_s: float) -> list[str]:
+        if self._pubsub is None:
+            time.sleep(timeout_s)
+            return []
+        ids: list[str] = []
+        with _reaching(self._results_url):
+            message = self._pubsub.get_message(timeout=timeout_s)
+            while message is not None:
+                ids += _announced(message)
+                message = self._pubsub.get_message()
+        return ids
+
+    def unlisten(self) -> None:
+        if self._pubsub is not None:
+            self._pubsub.close()
+            self._pubsub = None
+
+    def revoke(self, job_ids: Sequence[str]) -> None:
+        channel, message = revoke_message(job_ids, self._db)
+        with _reaching(self._broker_url):
+            self._broker.publish(channel, message)
+
+    def cards(self) -> list[WorkerCard]:
+        with _reaching(self._broker_url):
+            return read_cards(self._broker)
+
+    def depth(self, queue: str) -> int:
+        with _reaching(self._broker_url), self._broker.pipeline(transaction=False) as pipe:
+            for key in queue_keys(queue):
+                pipe.llen(key)
+            return int(sum(pipe.execute()))
+
+    def close(self) -> None:
+        for client in (self._broker, self._results, self._listener):
+            client.close()
+
+
+class AsyncRedisWire:
+    """``AsyncWire`` over ``redis.asyncio``."""
+
+    def __init__(self, settings: Settings) -> None:
+        from redis.asyncio import BlockingConnectionPool, Redis
+        from redis.asyncio.retry import Retry
+
+        self._broker_url, self._results_url = settings.broker, settings.results
+        once = Retry(ConstantBackoff(0.05), 1, (redis.ConnectionError,))
+        never = Retry(NoBackoff(), 0)
+        pool = {"max_connections": ASYNC_CONNECTIONS, "timeout": None}
+        self._broker: Any
+        self._results: Any
+        self._listener: Any
+        with _valid(self._broker_url):
+            self._broker = Redis.from_pool(
+                BlockingConnectionPool.from_url(self._broker_url, **_client_options(settings, once), **pool)
+            )
+        with _valid(self._results_url):
+            self._results = Redis.from_pool(
+                BlockingConnectionPool.from_url(self._results_url, **_client_options(settings, once), **pool)
+            )
+            self._listener = Redis.from_url(self._results_url, **_client_options(settings, never))
+        self._push = self._broker.register_script(PUSH_SCRIPT)
+        self._db = int(self._broker.get_connection_kwargs().get("db", 0))
+        self._pubsub: Any = None
+
+    async def push(self, envelope: Envelope, messages: Sequence[bytes], *, partial: bool) -> tuple[int, int]:
+        keys, args = push_arguments(envelope, messages, partial=partial)
+        with _reaching(self._broker_url):
+            pushed, depth = await self._push(keys, args)
+        return int(pushed), int(depth)
+
+    async def fetch(self, job_ids: Sequence[str]) -> list[bytes | None]:
+        with _reaching(self._results_url):
+            found = await self._results.mget([result_key(job_id) for job_id in job_ids])
+        return list(found)
+
+    async def listen(self, channel: str) -> None:
+        await self.unlisten()
+        with _reaching(self._results_url), _no_permission(channel):
+            pubsub = self._listener.pubsub()
+            await pubsub.subscribe(channel)
+            await pubsub.get_message(timeout=COMMAND_TIMEOUT_S)
+            self._pubsub = pubsub
+
+    async def receive(self, timeout_s: float) -> list[str]:
+        if self._pubsub is None:
+            await sleep(timeout_s)
+            return []
+        ids: list[str] = []
+        with _reaching(self._results_url):
+            message = await self._pubsub.get_message(timeout=timeout_s)
+            while message is not None:
+                ids += _announced(message)
+                message = await self._pubsub.get_message()
+        return ids
+
+    async def unlisten(self) -> None:
+        if self._pubsub is not None:
+            pubsub, self._pubsub = self._pubsub, None
+            await pubsub.aclose()
+
+    async def revoke(self, job_ids: Sequence[str]) -> None:
+        channel, message = revoke_message(job_ids, self._db)
+        with _reaching(self._broker_url):
+            await self._broker.publish(channel, message)
+
+    async def cards(self) -> list[WorkerCard]:
+        with _reaching(self._broker_url):
+            nodes = [node.decode() for node in await self._broker.zrange(WORKERS_KEY, 0, -1)]
+            raw = await self._broker.mget([worker_key(node) for node in nodes]) if nodes else []
+        return parse_cards(raw)
+
+    async def depth(self, queue: str) -> int:
+        with _reaching(self._broker_url):
+            async with self._broker.pipeline(transaction=False) as pipe:
+                for key in queue_keys(queue):
+                    pipe.llen(key)
+                return int(sum(await pipe.execute()))
+
+    async def close(self) -> None:
+        await self.unlisten()
+        for client in (self._broker, self._results, self._listener):
+            await client.aclose()
+            await client.connection_pool.disconnect()
