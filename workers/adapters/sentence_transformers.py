@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Annotated, Any, Self
+from typing import Annotated, Any, Self, cast
 
 import numpy as np
 import sentence_transformers
@@ -95,17 +95,17 @@ class SentenceTransformersAdapter(Adapter):
 
     def forward(self, task: str, items: Sequence[Item], params: Params) -> Sequence[NDArray[np.float32]]:
         """One vector an item: float32, shape ``(dimensions,)``."""
-        assert isinstance(params, EmbedParams)
         if not items:
             return []
+        normalize = cast("EmbedParams", params).normalize
         rows: list[Tokens] = [item.data for item in items]
         with torch.inference_mode():
             features: dict[str, Any] = collate(rows, self._tokenizer, self._model.device) | self._constants
-            for module in self._modules if params.normalize else self._unnormalized:
+            for module in self._modules if normalize else self._unnormalized:
                 features = module(features)
             vectors: torch.Tensor = features["sentence_embedding"].float()
             vectors = vectors[:, : self._model.truncate_dim]
-            if params.normalize:
+            if normalize:
                 vectors = torch.nn.functional.normalize(vectors, dim=-1)
             return list(vectors.cpu().numpy())
 
