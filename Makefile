@@ -1,0 +1,46 @@
+# Everything from a fresh clone: `make demo`, `make test`. Needs make and Python 3.11 or newer; the rest goes into .venv.
+
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+# More arguments for pytest: make test ARGS="-k config -x"
+ARGS ?=
+
+.DEFAULT_GOAL := help
+.PHONY: help demo up test check format clean distclean
+
+help: ## show this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+$(INSTALLED): pyproject.toml tools/install.sh
+	@tools/install.sh $(VENV)
+	@touch $@
+
+# A directory's date changes with its content; the stamp's only when an installation is through.
+$(VENV): $(INSTALLED)
+
+demo: $(INSTALLED) ## start a fleet, run real jobs on every model, show the answers, stop
+	@$(BIN)/cortex demo
+
+up: $(INSTALLED) ## run the fleet (Procfile) until Ctrl-C
+	@PATH="$(CURDIR)/$(BIN):$$PATH" exec $(BIN)/honcho -f Procfile start
+
+test: $(INSTALLED) ## run the whole test suite
+	@$(BIN)/python -m pytest $(ARGS)
+
+check: $(INSTALLED) ## formatting, lint, types, import contracts
+	@$(BIN)/ruff format --check .
+	@$(BIN)/ruff check .
+	@$(BIN)/mypy
+	@PYTHONPATH=. $(BIN)/lint-imports
+
+format: $(INSTALLED) ## format the code
+	@$(BIN)/ruff format .
+	@$(BIN)/ruff check --fix .
+
+clean: ## remove caches and build products
+	@rm -rf build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+	@find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +
+
+distclean: clean ## remove the environment as well
+	@rm -rf $(VENV)
