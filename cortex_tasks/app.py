@@ -22,10 +22,14 @@ if TYPE_CHECKING:
     app: Celery
 
 _PREFIX: Final = "cortex."
+_ONE_RETRY: Final = {"max_retries": 1, "interval_start": 0.05, "interval_step": 0.0, "interval_max": 0.05}
 
 
-def make_app(settings: Settings, fleet: FleetConfig, *, name: str = "cortex") -> Celery:
-    """A Celery app of the fleet. It does not become the process's current app: a user's own stays that."""
+def make_app(settings: Settings, fleet: FleetConfig, *, name: str = "cortex", fail_fast: bool = False) -> Celery:
+    """A Celery app of the fleet. It does not become the process's current app: a user's own stays that.
+
+    ``fail_fast`` is for submitters: an absent Redis is an error within seconds. A worker goes on trying.
+    """
     register_serializer()
     made = Celery(name, set_as_current=False)
     made.conf.update(
@@ -33,9 +37,6 @@ def make_app(settings: Settings, fleet: FleetConfig, *, name: str = "cortex") ->
         result_backend=settings.results,
         broker_transport_options=broker_options(fleet, settings),
         broker_connection_timeout=settings.connect_timeout_s,
-        # The transport's own (see broker_options) mends what can be mended; more attempts would only add up.
-        task_publish_retry_policy={"max_retries": 1, "interval_start": 0.05, "interval_max": 0.05},
-        result_backend_transport_options={"retry_policy": {"max_retries": 1, "interval_start": 0.05}},
         redis_socket_connect_timeout=settings.connect_timeout_s,
         redis_socket_timeout=COMMAND_TIMEOUT_S,
         # As other apps declare a queue that they only name, so that both mean the same one.
@@ -52,6 +53,10 @@ def make_app(settings: Settings, fleet: FleetConfig, *, name: str = "cortex") ->
         timezone="UTC",
         enable_utc=True,
     )
+    if fail_fast:
+        made.conf.task_publish_retry_policy = _ONE_RETRY
+        made.conf.result_backend_transport_options = {"retry_policy": _ONE_RETRY}
+        made.conf.broker_transport_options = {**made.conf.broker_transport_options, **_ONE_RETRY}
     return made
 
 
@@ -66,10 +71,6 @@ def broker_options(fleet: FleetConfig, settings: Settings) -> dict[str, Any]:
         "socket_timeout": COMMAND_TIMEOUT_S,
         "socket_keepalive": True,
         "health_check_interval": 30,
-        # Of kombu's ensure_connection: with none of them it tries for ever.
-        "max_retries": 1,
-        "interval_start": 0.05,
-        "interval_max": 0.05,
     }
 
 
@@ -100,5 +101,5 @@ def __getattr__(name: str) -> Any:
     if name != "app":
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     settings = Settings.from_env()
-    made = globals()["app"] = make_app(settings, load_fleet(settings.queues_file))
+    made = globals()["app"] = make_app(settings, load_fleet(settings.queues_file), fail_fast=True)
     return made
