@@ -1,4 +1,4 @@
-"""What the torch adapters share: threads, numeric class, tokens of many texts at once, padding, size, options.
+"""What the torch adapters share: threads, numeric class, tokens of many texts at once, padding, size.
 
 Internal to the adapters; importing it imports torch and tokenizers.
 """
@@ -14,15 +14,12 @@ from typing import Any, Final, Literal, TypeVar
 import numpy as np
 import torch
 import transformers
-from pydantic import BaseModel, ConfigDict, ValidationError
 from tokenizers import Encoding, Tokenizer
 
-from cortex_tasks.catalog import nearest
 from cortex_tasks.errors import ConfigError, InvalidInput, ModelUnavailable
 from workers.adapters.base import LoadContext
 
 __all__ = [
-    "Options",
     "Tokens",
     "TokensReader",
     "chunks",
@@ -30,34 +27,13 @@ __all__ = [
     "dtype_of",
     "isolating",
     "loading",
-    "read_options",
     "release",
     "size_of",
     "window_of",
 ]
 
 _DTYPES: Final = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-
-
-class Options(BaseModel):
-    """Base of an adapter's ``options`` in queues.yaml: immutable; unknown keys are refused."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
-
-
-_Options = TypeVar("_Options", bound=Options)
 _T = TypeVar("_T")
-
-
-def read_options(kind: type[_Options], context: LoadContext) -> _Options:
-    """The checked options of a model. Raises ConfigError that names the option and the nearest known one."""
-    try:
-        return kind.model_validate(dict(context.options))
-    except ValidationError as error:
-        first = error.errors()[0]
-        name = ".".join(map(str, first["loc"]))
-        hint = nearest(name, kind.model_fields) if first["type"] == "extra_forbidden" else f": {first['msg']}"
-        raise ConfigError(f"models.{context.alias}.options.{name} is not usable{hint}") from None
 
 
 def dtype_of(context: LoadContext) -> torch.dtype:

@@ -15,14 +15,13 @@ from sentence_transformers.sentence_transformer.modules import Normalize, Transf
 
 from cortex_tasks.errors import ConfigError, CortexError, InvalidInput
 from cortex_tasks.payloads import EmbedParams, Params
+from workers.adapters._options import Options, read_options
 from workers.adapters._torch import (
-    Options,
     Tokens,
     TokensReader,
     collate,
     dtype_of,
     loading,
-    read_options,
     release,
     size_of,
     window_of,

@@ -14,7 +14,8 @@ from transformers import AutoConfig, AutoModel, AutoTokenizer
 from cortex_tasks.errors import ConfigError, CortexError
 from cortex_tasks.payloads import Params
 from workers.adapters._heads import HEADS, Head, Loaded
-from workers.adapters._torch import Options, dtype_of, loading, read_options, release, size_of, window_of
+from workers.adapters._options import Options, read_options
+from workers.adapters._torch import dtype_of, loading, release, size_of, window_of
 from workers.adapters.base import Adapter, Item, LoadContext, WireValue
 
 _LOCAL: Final = {"local_files_only": True, "trust_remote_code": False}
