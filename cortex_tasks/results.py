@@ -8,16 +8,17 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, Final, Generic, TypeVar, overload
 
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 
 from cortex_tasks import errors
 from cortex_tasks.catalog import task_spec
 from cortex_tasks.errors import CortexError, DeadlineExceeded, InferenceFailed, JobCancelled, ModelError
 from cortex_tasks.payloads import Result, Timings
 
-__all__ = ["JobResult", "error_from_meta", "items_from_answer", "parse"]
+__all__ = ["FINAL_STATES", "JobResult", "error_from_meta", "parse"]
 
 T = TypeVar("T")
 
@@ -81,34 +82,32 @@ def parse(answer: Mapping[str, Any]) -> JobResult[Any]:
     """What ``AsyncResult.get()`` of a Cortex task returned -> typed results. Raises ValueError on anything else."""
     if not isinstance(answer, Mapping) or "cortex" not in answer:
         raise ValueError(f"not an answer of Cortex: {type(answer).__name__}")
-    return JobResult(
-        task=answer["task"],
-        items=tuple(items_from_answer(answer)),
-        model=answer["model"],
-        revision=answer["revision"],
-        timings=_timings(answer),
-    )
+    try:
+        cls = task_spec(answer["task"]).result
+        timings = Timings.model_validate(_known(Timings, answer.get("timings") or {}))
+        fixed = {"model": answer["model"], "revision": answer["revision"], "timings": timings}
+        items = tuple([_item(cls, item, fixed) for item in answer["items"]])
+    except (KeyError, TypeError, AttributeError, ValidationError) as error:
+        raise ValueError(f"a malformed answer: {error!r}") from error
+    return JobResult(answer["task"], items, answer["model"], answer["revision"], timings)
 
 
-def items_from_answer(answer: Mapping[str, Any]) -> list[Any]:
-    """The items of an answer: results of the task's class and errors, in order."""
-    cls = task_spec(answer["task"]).result
-    fixed = {"model": answer["model"], "revision": answer["revision"], "timings": _timings(answer)}
-    return [_item(cls, item, fixed) for item in answer["items"]]
+@cache
+def _fields(cls: type[BaseModel]) -> frozenset[str]:
+    return frozenset(cls.model_fields)
 
 
-def _timings(answer: Mapping[str, Any]) -> Timings:
-    given = answer.get("timings") or {}
-    return Timings(**{name: given[name] for name in Timings.model_fields if name in given})
+def _known(cls: type[BaseModel], given: Mapping[str, Any]) -> dict[str, Any]:
+    """What this version knows of: a newer worker may say more."""
+    fields = _fields(cls)
+    return {name: value for name, value in given.items() if name in fields}
 
 
 def _item(cls: type[Result], item: Mapping[str, Any], fixed: Mapping[str, Any]) -> Result | CortexError:
     if "value" not in item:
         return errors.error_from_wire(item.get("error") or {})
-    # A newer worker may say more than this version knows.
-    known = {name: value for name, value in item["value"].items() if name in cls.model_fields}
     try:
-        return cls.model_validate({**known, **fixed})
+        return cls.model_validate({**_known(cls, item["value"]), **fixed})
     except ValidationError as error:
         fields = ", ".join(sorted({str(entry["loc"][0]) for entry in error.errors() if entry["loc"]}))
         return ModelError(f"the worker's {cls.kind} does not fit this version of cortex_tasks ({fields}); upgrade it")

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Final, get_args
 from uuid import uuid4
 
@@ -30,11 +30,11 @@ from cortex_tasks.errors import (
     ResultTimeout,
 )
 from cortex_tasks.inputs import check_input, check_params
-from cortex_tasks.payloads import CachePolicy, Lane, Timings
+from cortex_tasks.payloads import CachePolicy, Lane
 from cortex_tasks.presence import WorkerCard
 from cortex_tasks.publish import Envelope, new_id
 from cortex_tasks.replies import Outcome
-from cortex_tasks.results import JobResult, error_from_meta, items_from_answer
+from cortex_tasks.results import JobResult, error_from_meta, parse
 from cortex_tasks.settings import Settings, mask_url
 
 __all__ = ["Core", "Draft", "Order", "Plan", "resolve", "timed_out"]
@@ -102,16 +102,19 @@ class Order:
 
     def entries(self, outcomes: Sequence[Outcome]) -> JobResult[Any]:
         """As ``result``, but the error of a job always becomes the error of its inputs."""
+        task = self.plan.spec.name
+        parts = [_part(task, draft, outcome) for draft, outcome in zip(self.drafts, outcomes, strict=True)]
+        if len(parts) == 1 and not self.refused:
+            return parts[0]
         items: list[Any] = [None] * self.count
         for index, refusal in self.refused.items():
             items[index] = refusal
-        head: dict[str, Any] = {}
-        for draft, outcome in zip(self.drafts, outcomes, strict=True):
-            answer, found = _answered(draft, outcome)
-            for index, item in zip(draft.indexes, found, strict=True):
+        for draft, part in zip(self.drafts, parts, strict=True):
+            for index, item in zip(draft.indexes, part.items, strict=True):
                 items[index] = item
-            head = _slower(head, answer)
-        return JobResult(self.plan.spec.name, tuple(items), **head)
+        empty: JobResult[Any] = JobResult(task, ())
+        slowest = max((part for part in parts if part.model), key=lambda part: part.timings.total_ms, default=empty)
+        return replace(slowest, items=tuple(items))
 
 
 def _failure(outcome: Outcome) -> CortexError | None:
@@ -120,30 +123,20 @@ def _failure(outcome: Outcome) -> CortexError | None:
     return error_from_meta(outcome) if outcome["status"] != "SUCCESS" else None
 
 
-def _answered(draft: Draft, outcome: Outcome) -> tuple[Mapping[str, Any], Sequence[Any]]:
-    """A job's answer (empty if it failed) and one item for each of its inputs."""
+def _part(task: str, draft: Draft, outcome: Outcome) -> JobResult[Any]:
+    """What became of the inputs of one job; a job that failed gives its error to each of them."""
     count = len(draft.indexes)
     error = _failure(outcome)
-    if error is not None or isinstance(outcome, CortexError):
-        return {}, [error] * count
-    answer = outcome["result"]
-    try:
-        found = items_from_answer(answer)
-    except (KeyError, TypeError, CortexError) as broken:
-        return {}, [ModelError(f"the worker's answer is malformed: {broken!r}")] * count
-    if len(found) != count:
-        return {}, [ModelError(f"the worker answered {len(found)} of {count} inputs")] * count
-    return answer, found
-
-
-def _slower(head: dict[str, Any], answer: Mapping[str, Any]) -> dict[str, Any]:
-    """Model, revision and timings for a JobResult: of the slower of two jobs."""
-    if not answer:
-        return head
-    timings = Timings(**answer.get("timings", {}))
-    if head and head["timings"].total_ms >= timings.total_ms:
-        return head
-    return {"model": answer["model"], "revision": answer["revision"], "timings": timings}
+    if error is None and not isinstance(outcome, CortexError):
+        try:
+            part = parse(outcome["result"])
+        except (ValueError, CortexError) as malformed:
+            error = ModelError(f"the worker's answer cannot be read: {malformed}")
+        else:
+            if len(part) == count:
+                return part
+            error = ModelError(f"the worker answered {len(part)} of {count} inputs")
+    return JobResult(task, (error,) * count)
 
 
 @dataclass(frozen=True, slots=True)

@@ -31,7 +31,7 @@ _CHUNK: Final = {InputKind.TEXT: 64, InputKind.SERIES: 4}
 #: Jobs in flight at most.
 _WINDOW: Final = 64
 #: A slow source is not waited for longer than this before what it gave is published.
-_LINGER_S: Final = 0.1
+_LINGER_S: Final = 0.05
 
 K = TypeVar("K", bound=Ticket)
 
@@ -81,6 +81,7 @@ class Window(Generic[K]):
         self.exhausted = False
         self.retry_at = 0.0
         self.chunks: deque[Chunk[K]] = deque()
+        self._unsent: list[Chunk[K]] = []
         self._ticket, self._raise = ticket, errors == "raise"
 
     def wants(self) -> bool:
@@ -94,14 +95,17 @@ class Window(Generic[K]):
             return
         order = self.plan.order(inputs)
         ticket = self._ticket(order.drafts[0].id) if order.drafts else None
-        self.chunks.append(Chunk(order, ticket, sent=ticket is None))
+        chunk = Chunk(order, ticket, sent=ticket is None)
+        self.chunks.append(chunk)
+        if ticket is not None:
+            self._unsent.append(chunk)
 
     def read(self, source: Iterator[Any]) -> None:
-        """Read up to ``step`` chunks, fewer from a slow source or when an answer is there to hand out."""
+        """Read up to ``step`` chunks, fewer from a slow source."""
         until = self.clock() + _LINGER_S
         for _ in range(self.step):
             self.add(self._take(source, until))
-            if self.exhausted or self.chunks[0].done or self.clock() > until:
+            if self.exhausted or self.clock() > until:
                 return
 
     def _take(self, source: Iterator[Any], until: float) -> list[Any]:
@@ -114,12 +118,13 @@ class Window(Generic[K]):
 
     def unsent(self) -> list[Chunk[K]]:
         """What to publish now, in order."""
-        return [chunk for chunk in self.chunks if not chunk.sent] if self.clock() >= self.retry_at else []
+        return self._unsent if self._unsent and self.clock() >= self.retry_at else []
 
-    def pushed(self, chunks: Sequence[Chunk[K]], count: int) -> None:
-        """The first so many of these were published."""
-        for chunk in chunks[:count]:
+    def pushed(self, count: int) -> None:
+        """The first so many of the unsent were published."""
+        for chunk in self._unsent[:count]:
             chunk.sent = True
+        self._unsent = self._unsent[count:]
 
     def full(self, retry_after_s: float) -> None:
         """The queue was full: publish nothing for so long."""
@@ -182,13 +187,15 @@ def _publish(client: Cortex, flow: Window[ThreadTicket]) -> None:
     link = client._link()
     link.replies.watch([chunk.ticket for chunk in chunks if chunk.ticket is not None])
     pushed, depth = link.wire.push(flow.plan.envelope, [chunk.draft.message for chunk in chunks], partial=True)
-    flow.pushed(chunks, pushed)
+    flow.pushed(pushed)
     if pushed < len(chunks):
         flow.full(flow.plan.full(len(chunks) - pushed, depth, link.wire.cards()).retry_after_s)
 
 
 def _await_first(client: Cortex, flow: Window[ThreadTicket], ticket: ThreadTicket) -> None:
     """Wait for the first chunk for as long as any chunk is answered meanwhile."""
+    if ticket.outcome is not None:
+        return
     answered = flow.answered()
     while not ticket.wait(flow.plan.timeout_s):
         if flow.answered() == answered:
@@ -311,6 +318,6 @@ async def _apublish(client: AsyncCortex, flow: Window[LoopTicket]) -> None:
     link = client._link()
     await link.replies.watch([chunk.ticket for chunk in chunks if chunk.ticket is not None])
     pushed, depth = await link.wire.push(flow.plan.envelope, [chunk.draft.message for chunk in chunks], partial=True)
-    flow.pushed(chunks, pushed)
+    flow.pushed(pushed)
     if pushed < len(chunks):
         flow.full(flow.plan.full(len(chunks) - pushed, depth, await link.wire.cards()).retry_after_s)
