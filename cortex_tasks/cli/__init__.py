@@ -1,0 +1,72 @@
+"""The ``cortex`` command. Each command's module is imported only when it is called: ``cortex queues`` runs in
+the Procfile's shell and must be quick."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+from typing import Any, Final
+
+import click
+
+from cortex_tasks.cli.exits import EPILOG, INTERRUPTED, exit_code
+from cortex_tasks.errors import CortexError
+
+__all__ = ["main"]
+
+_COMMANDS: Final = {
+    "up": "cortex_tasks.cli.fleet:up",
+    "demo": "cortex_tasks.cli.fleet:demo",
+    "run": "cortex_tasks.cli.run:run",
+    "models": "cortex_tasks.cli.observe:models",
+    "status": "cortex_tasks.cli.observe:status",
+    "queues": "cortex_tasks.cli.declared:queues",
+    "config": "cortex_tasks.cli.declared:config",
+    "redis": "cortex_tasks.cli.fleet:redis",
+}
+
+
+class _Lazy(click.Group):
+    """Finds its commands in a table, and ends with the exit code of a CortexError."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(_COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        target = _COMMANDS.get(cmd_name)
+        if target is None:
+            return None
+        module, _, attribute = target.partition(":")
+        command: click.Command = getattr(importlib.import_module(module), attribute)
+        return command
+
+    def resolve_command(self, ctx: click.Context, args: list[str]) -> Any:
+        from cortex_tasks.catalog import nearest
+
+        if args and args[0] not in _COMMANDS and not args[0].startswith("-"):
+            ctx.fail(f"no such command {args[0]!r}{nearest(args[0], _COMMANDS)}")
+        return super().resolve_command(ctx, args)
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except CortexError as error:
+            click.echo(f"cortex: {error}", err=True)
+            ctx.exit(exit_code(error))
+        except KeyboardInterrupt:
+            click.echo("cortex: interrupted", err=True)
+            ctx.exit(INTERRUPTED)
+        except BrokenPipeError:
+            # The reader (head, less) has gone; so that the interpreter's own flush does not complain:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            ctx.exit(141)
+
+
+@click.group(cls=_Lazy, epilog=EPILOG, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="datapunk-cortex", prog_name="cortex")
+def main() -> None:
+    """Inference behind a queue: run jobs, look at the fleet, start one on this machine.
+
+    CORTEX_BROKER_URL names the Redis (default redis://127.0.0.1:6379/0), CORTEX_QUEUES_FILE the queues.yaml.
+    """

@@ -1,0 +1,200 @@
+"""What runs: ``cortex models`` and ``cortex status``, from the workers' cards and Redis."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from cortex_tasks.config import FleetConfig, Settings, load_fleet, mask_url
+from cortex_tasks.errors import BrokerUnavailable
+from cortex_tasks.terminal import Style, style_for, table
+
+if TYPE_CHECKING:
+    from cortex_tasks.depths import QueueDepth
+    from cortex_tasks.presence import WorkerCard
+
+__all__ = ["models", "open_redis", "status"]
+
+_COLOURS = {"ready": "green", "unavailable": "red", "loading": "yellow", "starting": "yellow", "stopping": "yellow"}
+
+
+@contextlib.contextmanager
+def open_redis(settings: Settings) -> Iterator[Any]:
+    """A client of the broker; what redis-py raises comes out as BrokerUnavailable, the password masked."""
+    import redis
+    from redis.backoff import NoBackoff
+    from redis.retry import Retry
+
+    timeout_s = settings.connect_timeout_s
+    client = redis.Redis.from_url(
+        settings.broker, socket_timeout=timeout_s, socket_connect_timeout=timeout_s, retry=Retry(NoBackoff(), 0)
+    )
+    try:
+        yield client
+    except redis.RedisError as error:
+        url = mask_url(settings.broker)
+        raise BrokerUnavailable(f"the Redis at {url} does not answer: {type(error).__name__}") from error
+    finally:
+        client.close()
+
+
+# ---------------------------------------------------------------------------------------------------- models
+
+
+@dataclass(frozen=True, slots=True)
+class _ModelRow:
+    alias: str
+    state: str
+    revision: str
+    tasks: tuple[str, ...]
+    queue: str
+    images: tuple[str, ...]
+    adapter: str
+    load: str
+    nodes: tuple[str, ...]
+    reason: str
+
+
+@click.command()
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def models(as_json: bool) -> None:
+    """Every model: its state, revision, queue and images, and the workers that hold it."""
+    from cortex_tasks.presence import read_cards
+
+    settings, fleet = Settings.from_env(), load_fleet()
+    cards: list[WorkerCard] = []
+    try:
+        with open_redis(settings) as redis:
+            cards = read_cards(redis)
+    except BrokerUnavailable as error:
+        click.echo(f"cortex: {error}; showing only what queues.yaml declares", err=True)
+    rows = [_model_row(fleet, alias, cards) for alias in fleet.models]
+    if as_json:
+        click.echo(json.dumps([asdict(row) for row in rows]))
+        return
+    style = style_for(sys.stdout)
+    header = ("model", "state", "revision", "tasks", "queue", "images", "on")
+    _print_table(header, [_cells(row) for row in rows], style)
+    for row in rows:
+        if row.reason:
+            click.echo(f"\n{style(row.alias, 'bold')}: {row.reason}")
+
+
+def _cells(row: _ModelRow) -> tuple[str, ...]:
+    lists = [",".join(names) or "-" for names in (row.tasks, row.images, row.nodes)]
+    return (row.alias, row.state, row.revision[:12] or "-", lists[0], row.queue, lists[1], lists[2])
+
+
+def _model_row(fleet: FleetConfig, alias: str, cards: Sequence[WorkerCard]) -> _ModelRow:
+    """One alias over all workers: the best state wins, the reason is that of the first that has one."""
+    model = fleet.models[alias]
+    held = [(card.node, entry) for card in cards for entry in card.models if entry.alias == alias]
+    states = {entry.state for _, entry in held}
+    best = next((state for state in ("ready", "loading", "unavailable", "idle") if state in states), "no worker")
+    return _ModelRow(
+        alias=alias,
+        state=best,
+        revision=next((entry.revision for _, entry in held if entry.revision), model.revision or ""),
+        tasks=model.tasks,
+        queue=model.queue,
+        images=model.images,
+        adapter=model.adapter,
+        load=model.load,
+        nodes=tuple(node for node, entry in held if entry.state == "ready"),
+        reason=next((entry.reason for _, entry in held if entry.reason), ""),
+    )
+
+
+# ---------------------------------------------------------------------------------------------------- status
+
+
+@click.command()
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@click.option("--check", is_flag=True, help="Exit with 1 when something is wrong, and say what on stderr.")
+def status(as_json: bool, check: bool) -> None:
+    """Workers, queues, dead letters and Redis' memory.
+
+    --check fails when there is no worker, a pinned model is unavailable, or jobs wait on a queue that no worker
+    consumes.
+    """
+    from cortex_tasks.depths import read_depths
+    from cortex_tasks.presence import read_cards
+
+    settings, fleet = Settings.from_env(), load_fleet()
+    now_s = time.time()
+    with open_redis(settings) as redis:
+        cards = read_cards(redis)
+        depths = read_depths(redis, fleet.queues, lease_s=fleet.delivery.lease_s, now_s=now_s)
+        memory = redis.info("memory")
+    used, limit = int(memory.get("used_memory", 0)), int(memory.get("maxmemory", 0))
+    faults = find_faults(fleet, cards, depths)
+    if as_json:
+        click.echo(json.dumps({
+            "workers": [card.model_dump(mode="json") for card in cards],
+            "queues": [{**asdict(depth), "ready": depth.ready, "total": depth.total} for depth in depths],
+            "redis": {"used_memory_bytes": used, "maxmemory_bytes": limit},
+            "faults": faults,
+        }))  # fmt: skip
+    else:
+        _print_status(cards, depths, used, limit, now_s)
+    if check and faults:
+        click.echo("\n".join(f"cortex: {fault}" for fault in faults), err=True)
+        raise SystemExit(1)
+
+
+def find_faults(fleet: FleetConfig, cards: Sequence[WorkerCard], depths: Sequence[QueueDepth]) -> list[str]:
+    """What an operator should look at, one sentence each."""
+    faults = [] if any(card.state == "ready" for card in cards) else ["no worker is ready"]
+    for card in cards:
+        for model in card.models:
+            declared = fleet.models.get(model.alias)
+            if model.state == "unavailable" and declared is not None and declared.load == "pinned":
+                faults.append(f"pinned model {model.alias!r} is unavailable on {card.node}: {model.reason}")
+    consumed = {queue for card in cards for queue in card.queues}
+    for depth in depths:
+        if depth.ready and depth.queue not in consumed:
+            faults.append(f"{depth.ready:,} jobs wait on queue {depth.queue!r}, which no worker consumes")
+    return faults
+
+
+def _print_status(
+    cards: Sequence[WorkerCard], depths: Sequence[QueueDepth], used: int, limit: int, now_s: float
+) -> None:
+    style = style_for(sys.stdout)
+    header = ("worker", "image", "state", "queues", "jobs", "errors", "items/s", "up")
+    if cards:
+        _print_table(header, [_worker(card, now_s) for card in cards], style)
+    else:
+        click.echo("no worker")
+    click.echo()
+    lanes = [(d.queue, d.interactive, d.bulk, d.unacked, d.total, d.orphaned, d.dead) for d in depths]
+    _print_table(("queue", "interactive", "bulk", "unacked", "total", "orphaned", "dead"), lanes, style)
+    click.echo(f"\nRedis: {used / 1e6:,.1f} MB" + (f" of {limit / 1e6:,.0f} MB" if limit else ", no limit set"))
+
+
+def _worker(card: WorkerCard, now_s: float) -> tuple[object, ...]:
+    queues, rate = ",".join(card.queues), f"{card.items_per_s:.1f}"
+    return (card.node, card.image, card.state, queues, card.jobs, card.errors, rate, _age(now_s - card.started_at))
+
+
+def _age(seconds: float) -> str:
+    minutes, left = divmod(max(0, int(seconds)), 60)
+    hours, minutes = divmod(minutes, 60)
+    if hours >= 48:
+        return f"{hours // 24} d {hours % 24} h"
+    return f"{hours} h {minutes:02} min" if hours else f"{minutes} min {left:02} s" if minutes else f"{left} s"
+
+
+def _print_table(header: Sequence[str], rows: Sequence[Sequence[object]], style: Style) -> None:
+    for line in table(header, rows, style):
+        # A state stands between two spaces or more.
+        for state, colour in _COLOURS.items():
+            line = line.replace(f"  {state} ", f"  {style(state, colour)} ", 1)
+        click.echo(line)

@@ -1,0 +1,142 @@
+"""``cortex models`` and ``cortex status``, over a real Redis with the cards of workers that are made up."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import redis
+from click.testing import CliRunner, Result
+
+from cortex_tasks.cli import main
+from cortex_tasks.config import load_fleet
+from cortex_tasks.presence import WORKERS_KEY, ModelCard, WorkerCard, worker_key
+from tests.support.redis_server import RedisServer, free_port
+
+pytestmark = pytest.mark.fleet
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[RedisServer]:
+    with RedisServer() as running:
+        yield running
+
+
+@pytest.fixture
+def client(server: RedisServer, monkeypatch: pytest.MonkeyPatch) -> Iterator[redis.Redis]:
+    monkeypatch.setenv("CORTEX_BROKER_URL", server.url)
+    with redis.Redis.from_url(server.url) as connected:
+        connected.flushall()
+        yield connected
+
+
+def model(alias: str, state: str, **more: Any) -> ModelCard:
+    queue = load_fleet().models[alias].queue
+    return ModelCard.model_validate({"alias": alias, "queue": queue, "state": state, **more})
+
+
+@pytest.fixture
+def worker(client: redis.Redis) -> Callable[..., None]:
+    def put(node: str, *models: ModelCard, state: str = "ready", **more: Any) -> None:
+        queues = tuple(dict.fromkeys(entry.queue for entry in models))
+        card = WorkerCard.model_validate({
+            "node": node, "image": "nlp", "host": "h", "pid": 1, "state": state, "queues": queues, "models": models,
+            "started_at": time.time() - 3_700, "seen_at": time.time(), **more,
+        })  # fmt: skip
+        client.set(worker_key(node), card.model_dump_json())
+        client.zadd(WORKERS_KEY, {node: card.seen_at})
+
+    return put
+
+
+def cortex(*arguments: str) -> Result:
+    return CliRunner().invoke(main, list(arguments))
+
+
+def test_models_that_no_worker_holds(client: redis.Redis) -> None:
+    rows = json.loads(cortex("models", "--json").stdout)
+    assert [row["alias"] for row in rows] == list(load_fleet().models)
+    assert {row["state"] for row in rows} == {"no worker"}
+    assert rows[0]["tasks"] == ["embed"]
+
+
+def test_models_over_several_workers(worker: Callable[..., None]) -> None:
+    worker("a@h", model("minilm", "ready", revision="abc123"), model("sentiment", "unavailable", reason="no weights"))
+    worker("b@h", model("minilm", "loading"), model("spacy", "idle"))
+    rows = {row["alias"]: row for row in json.loads(cortex("models", "--json").stdout)}
+    assert (rows["minilm"]["state"], rows["minilm"]["nodes"], rows["minilm"]["revision"]) == (
+        "ready",
+        ["a@h"],
+        "abc123",
+    )
+    assert (rows["sentiment"]["state"], rows["sentiment"]["reason"]) == ("unavailable", "no weights")
+    assert rows["spacy"]["state"] == "idle"
+    text = cortex("models").stdout
+    assert "sentiment: no weights" in text
+    assert text.splitlines()[0].split() == ["model", "state", "revision", "tasks", "queue", "images", "on"]
+
+
+def test_models_without_redis_are_the_declared_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CORTEX_BROKER_URL", f"redis://:hunter2@127.0.0.1:{free_port()}/0")
+    result = cortex("models", "--json")
+    assert result.exit_code == 0
+    assert len(json.loads(result.stdout)) == 6
+    assert "showing only what queues.yaml declares" in result.stderr
+    assert "hunter2" not in result.output
+
+
+def test_status_without_redis(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CORTEX_BROKER_URL", f"redis://:hunter2@127.0.0.1:{free_port()}/0")
+    result = cortex("status")
+    assert (result.exit_code, result.stdout) == (3, "")
+    assert "redis://:***@127.0.0.1" in result.stderr
+    assert "hunter2" not in result.output
+
+
+def test_status_of_workers_and_queues(worker: Callable[..., None], client: redis.Redis) -> None:
+    worker("a@h", model("minilm", "ready"), jobs=12, errors=1, items_per_s=3.25)
+    client.lpush("minilm", "x", "y")
+    client.lpush("cortex:dead:minilm", "z")
+    answer = json.loads(cortex("status", "--json").stdout)
+    assert answer["workers"][0]["node"] == "a@h"
+    minilm = answer["queues"][0]
+    assert (minilm["queue"], minilm["ready"], minilm["total"], minilm["dead"]) == ("minilm", 2, 2, 1)
+    assert answer["redis"]["used_memory_bytes"] > 0
+    assert answer["faults"] == []
+    lines = cortex("status").stdout.splitlines()
+    assert lines[1].split() == ["a@h", "nlp", "ready", "minilm", "12", "1", "3.2", "1", "h", "01", "min"]
+    assert ["minilm", "2", "0", "0", "2", "0", "1"] in [line.split() for line in lines]
+
+
+def test_a_healthy_fleet_passes_the_check(worker: Callable[..., None]) -> None:
+    worker("a@h", model("minilm", "ready"), model("sentiment", "unavailable", reason="lazy ones may be"))
+    assert cortex("status", "--check").exit_code == 0
+
+
+@pytest.mark.parametrize(
+    ("put", "fault"),
+    [
+        (lambda worker, client: None, "no worker is ready"),
+        (lambda worker, client: worker("a@h", model("minilm", "loading"), state="starting"), "no worker is ready"),
+        (
+            lambda worker, client: worker("a@h", model("minilm", "unavailable", reason="no weights")),
+            "pinned model 'minilm' is unavailable on a@h: no weights",
+        ),
+        (
+            lambda worker, client: (worker("a@h", model("minilm", "ready")), client.lpush("prophet", "x", "y")),
+            "2 jobs wait on queue 'prophet', which no worker consumes",
+        ),
+    ],
+)
+def test_what_the_check_finds(
+    worker: Callable[..., None], client: redis.Redis, put: Callable[..., object], fault: str
+) -> None:
+    put(worker, client)
+    result = cortex("status", "--check")
+    assert result.exit_code == 1
+    assert f"cortex: {fault}" in result.stderr
+    assert cortex("status").exit_code == 0
+    assert fault in json.loads(cortex("status", "--json").stdout)["faults"]
