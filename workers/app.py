@@ -14,12 +14,13 @@ from typing import Any, Final
 import redis
 from celery import Celery, Task, signals
 from celery.app import trace
-from cortex_tasks.app import make_app
 
+from cortex_tasks.app import make_app
 from cortex_tasks.codec import HEADER
 from cortex_tasks.config import FleetConfig, Settings, load_fleet
 from cortex_tasks.errors import CortexError
-from workers.celery_hooks.transport import LeaseKeeper, register_transport
+from workers.celery_hooks.leases import LeaseKeeper
+from workers.celery_hooks.transport import register_transport
 from workers.dead_letters import DeadLetters
 from workers.health import Health
 from workers.registry import Registry

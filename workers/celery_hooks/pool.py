@@ -92,7 +92,9 @@ class BatchingPool(BasePool):
         self.app.cortex.start(self)
 
     def register_with_event_loop(self, loop: Any) -> None:
+        """Called at each (re)connection. A hub that resets may drop what was called soon, so look regularly too."""
         self._hub = loop
+        loop.call_repeatedly(_FLUSH_RETRY_S, self._drain)
 
     def on_stop(self, patience_s: float = _STOP_PATIENCE_S) -> None:
         """Warm shutdown: what has started is finished and acknowledged, the rest goes back to its queue.
@@ -232,8 +234,12 @@ class BatchingPool(BasePool):
         for ticket in tickets:
             if not ticket.accepted:
                 ticket.accepted = True
-                # A number of the job's own, so that terminate_job addresses one job.
-                ticket.accept(ticket.number, time.monotonic())
+                try:
+                    # A number of the job's own, so that terminate_job addresses one job.
+                    ticket.accept(ticket.number, time.monotonic())
+                except Exception as error:
+                    # Celery tells "started" over the broker; a job is not lost because that could not be sent.
+                    logger.debug("the start of job %s could not be told: %s", ticket.request.id, error)
 
     def _complete(self, tickets: Sequence[Ticket]) -> None:
         """Trace each job, store all results in one round trip, then acknowledge each."""
@@ -271,8 +277,6 @@ class BatchingPool(BasePool):
                 backend.flush()
             except (RedisError, OSError) as error:
                 logger.warning("%d results wait for Redis: %s", len(self._unstored), type(error).__name__)
-                if self._hub is not None and not self.draining:
-                    self._hub.call_later(_FLUSH_RETRY_S, self._store)
                 return
         stored, self._unstored = self._unstored, []
         for ticket, returned in stored:
@@ -294,6 +298,13 @@ class BatchingPool(BasePool):
 
     def _drop(self, ticket: Ticket) -> None:
         """A job that will not run: revoked or expired (Celery says so and acknowledges), or given back."""
+        try:
+            self._drop_now(ticket)
+        except (RedisError, OSError) as error:
+            logger.warning("job %s could not be dropped: %s", ticket.request.id, type(error).__name__)
+            self._settle_unrun(ticket)
+
+    def _drop_now(self, ticket: Ticket) -> None:
         request = ticket.request
         if request._terminate_on_ack is not None:
             self._accept([ticket])

@@ -1,102 +1,213 @@
-"""Broker transport: kombu's Redis transport, with leases.
+"""Broker transport: kombu's Redis transport, that takes many messages at once and can lose none.
 
-Stock kombu gives an unacknowledged message to another worker only after ``visibility_timeout`` (an hour), and
-does so to slow live workers as well. Here a worker renews its claim on each message it holds, so the time-out can
-be short: a killed worker's jobs move on within seconds, a slow worker's stay.
+Stock kombu pops one message with BRPOP and records it as unacknowledged in a second round trip; a crash of either
+side in between loses it (kombu#305). Here one script pops as many messages as the worker has room for and records
+them in the same step. An idle channel waits with ``BLMOVE key key RIGHT RIGHT``, which blocks until a list holds
+something and moves its last element onto itself: a look without a pop. One connection a waited-for list; lists of
+the priorities in between are looked at whenever a wait times out.
 
-Touches kombu 5.7's ``redis.Channel.QoS``, ``virtual.QoS._delivered`` and the ``unacked_index`` sorted set, whose
-scores are the epoch seconds of delivery.
+Entries in ``unacked`` and ``unacked_index`` stay kombu's own, so stock workers restore them and the other way round.
+Needs Redis 6.2 (BLMOVE, RPOP with a count). Touches kombu 5.7's ``redis.Channel`` and ``MultiChannelPoller``.
 """
 
 from __future__ import annotations
 
+import json
 import logging
-import threading
 import time
-import weakref
-from collections.abc import Callable
+from itertools import count
 from typing import Any, Final
+from uuid import uuid4
 
 from kombu.transport import TRANSPORT_ALIASES
 from kombu.transport import redis as kombu_redis
+from kombu.utils.json import loads
 
-__all__ = ["TRANSPORT_NAME", "LeaseKeeper", "LeasedTransport", "register_transport"]
+from workers.celery_hooks.leases import LeasedQoS
+
+__all__ = ["TRANSPORT_NAME", "CortexTransport", "register_transport"]
 
 logger = logging.getLogger(__name__)
 
 #: The name that ``broker_transport`` takes.
 TRANSPORT_NAME: Final = "cortex"
-_CHUNK: Final = 1_000
-_live: weakref.WeakSet[Any] = weakref.WeakSet()
+#: Most messages taken in one step: bounds the time a step holds the hub.
+_FETCH_MAX: Final = 256
+#: A wait ends by itself after this long, and all lists are looked at.
+_WAIT_S: Final = 1
+#: A wait that is this much overdue sits on a dead connection.
+_OVERDUE_S: Final = 10.0
+#: Priorities whose lists are waited for: the first of each lane.
+_WAITED_PRIORITIES: Final = (0, 9)
+
+# KEYS: unacked hash, unacked index, lists in order of service.
+# ARGV: room, now (epoch s), tag prefix, then the JSON-encoded queue name of each list.
+# Returns a flat list: number of the list (from 0), tag, message, ...
+_FETCH = """
+local room, out = tonumber(ARGV[1]), {}
+local records, scores = {}, {}
+for i = 3, #KEYS do
+  if room <= 0 then break end
+  local messages = redis.call('RPOP', KEYS[i], room)
+  if messages then
+    for _, message in ipairs(messages) do
+      local tag = ARGV[3] .. room
+      room = room - 1
+      records[#records + 1] = tag
+      records[#records + 1] = '[' .. message .. ',"",' .. ARGV[i + 1] .. ']'
+      scores[#scores + 1] = ARGV[2]
+      scores[#scores + 1] = tag
+      out[#out + 1] = i - 3
+      out[#out + 1] = tag
+      out[#out + 1] = message
+    end
+  end
+end
+if #records > 0 then
+  redis.call('HSET', KEYS[1], unpack(records))
+  redis.call('ZADD', KEYS[2], unpack(scores))
+end
+return out
+"""
 
 
-class LeasedQoS(kombu_redis.QoS):
-    """Stock, but known to the LeaseKeeper."""
+class CortexChannel(kombu_redis.Channel):
+    """Fetches in bulk under an event loop; under ``drain_events`` it is stock."""
+
+    QoS = LeasedQoS
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        _live.add(self)
+        self._fetches = count()
+        self._tag_prefix = f"{uuid4().hex[:16]}-"
+        self._fetch_client: Any = None
+        self._fetch_script: Any = None
+        #: list key -> connection that waits for it, and since when (monotonic seconds; None: not waiting)
+        self._waits: dict[str, Any] = {}
+        self._waiting_since_s: dict[str, float | None] = {}
 
-    def held_tags(self) -> list[str]:
-        """Delivery tags not yet acknowledged. Called by another thread than the one that changes them."""
-        while True:
-            try:
-                return [tag for tag in list(self._delivered) if tag not in self._dirty]
-            except RuntimeError:
-                # Changed while being copied: copy again.
+    # --------------------------------------------------------------------------------- fetching
+
+    def fetch_or_wait(self, loop: Any) -> None:
+        """Called before each poll while there is room: take what there is, or see that all lists are waited for."""
+        if self._all_waited_for():
+            self._drop_overdue()
+            return
+        if not self._fetch():
+            self._wait(loop)
+
+    def _fetch(self) -> int:
+        """Take messages and deliver them; returns how many."""
+        room = min(self.qos.can_consume_max_estimate() or _FETCH_MAX, _FETCH_MAX)
+        queues = self._queue_cycle.consume(len(self.active_queues))
+        if not queues:
+            return 0
+        if self._fetch_script is None:
+            self._fetch_client = self._create_client()
+            self._fetch_script = self._fetch_client.register_script(_FETCH)
+        lists = [(self._q_for_pri(queue, step), queue) for step in self.priority_steps for queue in queues]
+        got = self._fetch_script(
+            keys=[self.unacked_key, self.unacked_index_key, *(key for key, _ in lists)],
+            args=[room, time.time(), f"{self._tag_prefix}{next(self._fetches)}-", *(json.dumps(q) for _, q in lists)],
+        )
+        for at in range(0, len(got), 3):
+            self._deliver(lists[got[at]][1], got[at + 1].decode(), got[at + 2])
+        if got:
+            self._queue_cycle.rotate(lists[got[-3]][1])
+        return len(got) // 3
+
+    def _deliver(self, queue: str, tag: str, raw: bytes) -> None:
+        message = loads(raw)
+        message["properties"]["delivery_tag"] = tag
+        self.qos.recorded.add(tag)
+        self.connection._deliver(message, queue)
+
+    # ----------------------------------------------------------------------------------- waiting
+
+    def _waited_keys(self) -> list[str]:
+        return [self._q_for_pri(queue, priority) for priority in _WAITED_PRIORITIES for queue in self.active_queues]
+
+    def _all_waited_for(self) -> bool:
+        since = self._waiting_since_s
+        return bool(since) and all(since.get(key) is not None for key in self._waited_keys())
+
+    def _wait(self, loop: Any) -> None:
+        """Send a wait for each list that has none, and let the loop tell when it ends."""
+        for key in self._waited_keys():
+            if self._waiting_since_s.get(key) is not None:
                 continue
+            connection = self._waits.get(key)
+            if connection is None:
+                # Not of the pool: its size is for commands, these stay for good.
+                connection = self._waits[key] = self.pool.connection_class(**self.pool.connection_kwargs)
+                connection.connect()
+            connection.send_command("BLMOVE", key, key, "RIGHT", "RIGHT", _WAIT_S, check_health=False)
+            self._waiting_since_s[key] = time.monotonic()
+            loop.add_reader(connection._sock, self._on_wait_over, key)
+
+    def _on_wait_over(self, key: str) -> None:
+        """A list holds something, or the wait timed out: in both cases the next turn looks."""
+        connection = self._waits.get(key)
+        if connection is None:
+            return
+        try:
+            connection.read_response()
+        except self.connection_errors:
+            self._close_waits()
+            raise
+        self._waiting_since_s[key] = None
+
+    def _drop_overdue(self) -> None:
+        """A half-open connection never becomes readable: give it up, so that the worker connects anew."""
+        oldest_s = min(since for since in self._waiting_since_s.values() if since is not None)
+        if time.monotonic() - oldest_s > _WAIT_S + _OVERDUE_S:
+            self._close_waits()
+            raise ConnectionError("Redis has not answered a wait for messages; connecting anew")
+
+    def _close_waits(self) -> None:
+        waits, self._waits = self._waits, {}
+        self._waiting_since_s.clear()
+        for connection in waits.values():
+            self.connection.cycle.forget(connection)
+            connection.disconnect()
+
+    def close(self) -> None:
+        if not self.closed:
+            self._close_waits()
+        super().close()
 
 
-class LeasedChannel(kombu_redis.Channel):
-    QoS = LeasedQoS
+class CortexPoller(kombu_redis.MultiChannelPoller):
+    """Stock, but with an event loop its channels fetch instead of BRPOP."""
+
+    loop: Any = None
+
+    def _register_BRPOP(self, channel: CortexChannel) -> None:  # noqa: N802 (kombu's name)
+        if self.loop is None:
+            super()._register_BRPOP(channel)
+        else:
+            channel.fetch_or_wait(self.loop)
+
+    def forget(self, connection: Any) -> None:
+        """Take a waiting connection out of the event loop."""
+        sock = getattr(connection, "_sock", None)
+        if self.loop is not None and sock is not None:
+            self.loop.remove(sock)
 
 
-class LeasedTransport(kombu_redis.Transport):
-    Channel = LeasedChannel
+class CortexTransport(kombu_redis.Transport):
+    Channel = CortexChannel
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.cycle = CortexPoller()
+
+    def register_with_event_loop(self, connection: Any, loop: Any) -> None:
+        self.cycle.loop = loop
+        super().register_with_event_loop(connection, loop)
 
 
 def register_transport() -> str:
     """Make kombu know the transport; returns its name."""
-    TRANSPORT_ALIASES[TRANSPORT_NAME] = f"{__name__}:LeasedTransport"
+    TRANSPORT_ALIASES[TRANSPORT_NAME] = f"{__name__}:CortexTransport"
     return TRANSPORT_NAME
-
-
-class LeaseKeeper(threading.Thread):
-    """Renews, every third of a lease, the claims of this process on the messages it holds.
-
-    A thread of its own, with a connection of its own: a hub that is busy tracing thousands of results must not
-    lose its claims. A process that hangs for good is the watchdog's business (``workers.health``).
-    """
-
-    def __init__(self, connect: Callable[[], Any], lease_s: float, clock: Callable[[], float] = time.time) -> None:
-        super().__init__(name="lease-keeper", daemon=True)
-        self._connect = connect
-        self._interval_s = lease_s / 3
-        self._clock = clock
-        self._stopped = threading.Event()
-        self._client: Any = None
-
-    def run(self) -> None:
-        while not self._stopped.wait(self._interval_s):
-            try:
-                self.renew()
-            except Exception as error:
-                self._client = None
-                logger.warning("claims on jobs could not be renewed: %s; trying again", type(error).__name__)
-
-    def renew(self) -> int:
-        """Renew all claims now; returns how many are held."""
-        tags = [tag for qos in list(_live) if not qos.channel.closed for tag in qos.held_tags()]
-        if not tags:
-            return 0
-        self._client = self._client or self._connect()
-        now_s = self._clock()
-        for start in range(0, len(tags), _CHUNK):
-            # XX: a message acknowledged meanwhile must not come back.
-            self._client.zadd(
-                LeasedChannel.unacked_index_key, dict.fromkeys(tags[start : start + _CHUNK], now_s), xx=True
-            )
-        return len(tags)
-
-    def stop(self) -> None:
-        self._stopped.set()
