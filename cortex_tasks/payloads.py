@@ -347,7 +347,7 @@ def _dataframe(result: Any, columns: tuple[str, ...]) -> pd.DataFrame:
         import pandas as pd
     except ImportError as error:
         raise ImportError("to_dataframe() needs pandas: pip install 'datapunk-cortex[pandas]'") from error
-    frame = pd.DataFrame({"ds": pd.to_datetime(list(result.ds))})
+    frame = pd.DataFrame({"ds": pd.to_datetime(list(result.ds), format="ISO8601")})
     for name in columns:
         frame[name] = getattr(result, name)
     return frame

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from cortex_tasks.payloads import Series
 from workers.adapters.base import LoadContext
 
 __all__ = ["CASES", "AdapterCase"]
@@ -64,6 +65,19 @@ def _tiny(builder: str, **how: Any) -> Callable[[Path], Path]:
     return build
 
 
+def _tiny_spacy(directory: Path) -> Path:
+    from tests.support.tiny_spacy import tagger_and_ner
+
+    return tagger_and_ner(directory)
+
+
+def _series(points: int) -> Series:
+    days = [f"2024-{1 + day // 28:02}-{1 + day % 28:02}T00:00:00" for day in range(points)]
+    return Series(ds=tuple(days), y=tuple(float(day % 7 + day / 10) for day in range(points)))
+
+
+SERIES = (_series(30), _series(2), _series(12))
+_PROPHET = {"forecast": SERIES, "decompose": SERIES, "detect_anomalies": SERIES}
 _DISTILBERT = {"fill_mask": MASKED, "features": TEXTS}
 _LABELS = {"labels": ["sport", "politics", "a slow queue"]}
 
@@ -83,4 +97,7 @@ CASES: tuple[AdapterCase, ...] = (
     AdapterCase("tiny-classifier", "transformers", ("classify",), _tiny("classifier"), inputs={"classify": TEXTS}),
     AdapterCase("tiny-nli", "transformers", ("zero_shot",), _tiny("nli"), inputs={"zero_shot": TEXTS},
                 params={"zero_shot": _LABELS}, options={"chunk_tokens": 64}),
+    AdapterCase("spacy-rules", "spacy", ("annotate",), inputs={"annotate": TEXTS}),
+    AdapterCase("tiny-spacy", "spacy", ("annotate",), _tiny_spacy, inputs={"annotate": TEXTS}),
+    AdapterCase("prophet", "prophet", tuple(_PROPHET), inputs=_PROPHET, params={"forecast": {"horizon": 3}}),
 )  # fmt: skip
