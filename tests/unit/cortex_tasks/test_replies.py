@@ -1,0 +1,291 @@
+"""Answers are found: announced or not, lost or late, over a connection that breaks; and nothing is kept needlessly."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import threading
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pytest
+
+from cortex_tasks import codec
+from cortex_tasks.errors import BrokerUnavailable, ModelError, ResultLost
+from cortex_tasks.replies import (
+    FETCH_KEYS,
+    FIRST_POLL_S,
+    LONGEST_POLL_S,
+    AsyncReplies,
+    Book,
+    LoopTicket,
+    Replies,
+    ThreadTicket,
+    Ticket,
+)
+from tests.support.worker_process import poll_until
+
+DONE = codec.dumps({"status": "SUCCESS", "result": 1}).encode()  # type: ignore[union-attr]
+STARTED = DONE.replace(b"SUCCESS", b"STARTED")
+
+
+class Quiet(Ticket):
+    __slots__ = ()
+
+    def _wake(self) -> None: ...
+
+
+def book_of(*ids: str, now: float = 100.0) -> tuple[Book, dict[str, Quiet]]:
+    book, tickets = Book(), {job_id: Quiet(job_id) for job_id in ids}
+    book.add(tickets.values(), now)
+    return book, tickets
+
+
+# ---------------------------------------------------------------------------------------------------- the book
+
+
+def test_an_announced_answer_is_fetched_and_settles_its_ticket() -> None:
+    book, tickets = book_of("a", "b")
+    assert book.announced(["a", "stranger"]) == ["a"]
+    book.received(["a"], [DONE], 100.0, announced=True)
+    assert tickets["a"].outcome == {"status": "SUCCESS", "result": 1}
+    assert (tickets["b"].outcome, len(book)) == (None, 1)
+    assert book.announced(["a"]) == []
+
+
+def test_polling_begins_soon_and_grows_rarer() -> None:
+    book, _tickets = book_of("a")
+    now, waits = 100.0, []
+    for _ in range(8):
+        waits.append(round(book.wait_s(now), 3))
+        assert book.due(now + waits[-1] - 0.001) == []
+        now += waits[-1]
+        assert book.due(now) == ["a"]
+        book.received(["a"], [None], now, announced=False)
+    assert waits == [FIRST_POLL_S, 0.1, 0.2, 0.4, 0.8, LONGEST_POLL_S, LONGEST_POLL_S, LONGEST_POLL_S]
+
+
+def test_announcements_put_polling_off_but_not_for_ever() -> None:
+    """One of them may have been lost while the others go on."""
+    book, tickets = book_of("lost", *map(str, range(100)))
+    now = 100.0
+    for number in range(100):
+        now += 0.02
+        due = book.due(now)
+        if due:
+            break
+        book.received([str(number)], [DONE], now, announced=True)
+    assert 100.0 + LONGEST_POLL_S <= now <= 100.0 + LONGEST_POLL_S + 0.05
+    assert "lost" in due
+    assert tickets["lost"].outcome is None
+
+
+def test_after_a_reconnect_everything_is_looked_for_at_once() -> None:
+    book, _tickets = book_of("a", "b")
+    book.due(200.0)
+    assert book.due(200.0) == []
+    book.poll_now()
+    assert sorted(book.due(200.0)) == ["a", "b"]
+
+
+def test_an_answer_announced_but_gone_is_lost_after_a_second_look() -> None:
+    book, tickets = book_of("a", "b")
+    book.received(["a", "b"], [None, None], 100.0, announced=True)
+    assert tickets["a"].outcome is None
+    book.received(["a", "b"], [None, DONE], 101.0, announced=False)
+    assert isinstance(tickets["a"].outcome, ResultLost)
+    assert tickets["b"].outcome == {"status": "SUCCESS", "result": 1}
+
+
+def test_a_job_that_has_merely_started_is_awaited_further() -> None:
+    book, tickets = book_of("a")
+    book.received(["a"], [STARTED], 100.0, announced=False)
+    assert (tickets["a"].outcome, len(book)) == (None, 1)
+
+
+@pytest.mark.parametrize("raw", [b"", b"CXP1", b"\xff\xfe", b"[]", b"{}", b"null", b"CXP1\x02\x00\x00\x00{}"])
+def test_an_unreadable_answer_is_an_outcome_too(raw: bytes) -> None:
+    book, tickets = book_of("a")
+    book.received(["a"], [raw], 100.0, announced=True)
+    assert isinstance(tickets["a"].outcome, ModelError)
+
+
+def test_a_dropped_ticket_is_not_awaited_any_longer() -> None:
+    book, tickets = book_of("a", "b")
+    del tickets["a"]
+    gc.collect()
+    assert len(book) == 1
+    assert book.due(200.0) == ["b"]
+
+
+def test_an_idle_book_needs_nothing() -> None:
+    book = Book()
+    assert book.wait_s(5.0) == float("inf")
+    book, tickets = book_of("a")
+    book.received(["a"], [DONE], 100.0, announced=True)
+    assert book.due(200.0) == []
+    assert book.wait_s(200.0) == float("inf")
+    assert tickets["a"].outcome
+
+
+def test_only_the_first_outcome_counts() -> None:
+    ticket = ThreadTicket("a")
+    ticket.settle(ResultLost("first"))
+    ticket.settle({"status": "SUCCESS"})
+    assert isinstance(ticket.outcome, ResultLost)
+    assert ticket.wait(0.0)
+
+
+# -------------------------------------------------------------------------------------------- thread and task
+
+
+class FakeWire:
+    """The part of a wire that listens; ``heard`` is announced, ``stored`` is fetched, ``down`` breaks it."""
+
+    def __init__(self) -> None:
+        self.stored: dict[str, bytes] = {}
+        self.heard: list[str] = []
+        self.down = False
+        self.listened = 0
+        self.unlistened = 0
+        self.fetched: list[int] = []
+
+    def listen(self, channel: str) -> None:
+        self._check()
+        self.listened += 1
+
+    def receive(self, timeout_s: float) -> list[str]:
+        self._check()
+        heard, self.heard = self.heard, []
+        if not heard:
+            threading.Event().wait(min(timeout_s, 0.002))
+        return heard
+
+    def fetch(self, job_ids: Sequence[str]) -> list[bytes | None]:
+        self._check()
+        self.fetched.append(len(job_ids))
+        return [self.stored.get(job_id) for job_id in job_ids]
+
+    def unlisten(self) -> None:
+        self.unlistened += 1
+
+    def _check(self) -> None:
+        if self.down:
+            raise BrokerUnavailable("down")
+
+
+class FakeAsyncWire:
+    """``FakeWire`` as coroutines."""
+
+    def __init__(self, wire: FakeWire) -> None:
+        self._wire = wire
+
+    async def receive(self, timeout_s: float) -> list[str]:
+        await asyncio.sleep(0)
+        return self._wire.receive(0.0)
+
+    def __getattr__(self, name: str) -> Callable[..., Any]:
+        async def call(*args: Any) -> Any:
+            return getattr(self._wire, name)(*args)
+
+        return call
+
+
+@pytest.fixture
+def wire() -> FakeWire:
+    return FakeWire()
+
+
+def test_an_announcement_wakes_whoever_waits(wire: FakeWire) -> None:
+    replies = Replies(wire, "me", clock=lambda: 0.0)  # type: ignore[arg-type]
+    ticket = ThreadTicket("a")
+    replies.watch([ticket])
+    wire.stored["a"] = DONE
+    wire.heard.append("a")
+    assert ticket.wait(5)
+    replies.close()
+    assert (wire.listened, wire.unlistened) == (1, 1)
+
+
+def test_an_answer_that_nobody_announced_is_polled_for(wire: FakeWire) -> None:
+    replies = Replies(wire, "me")  # type: ignore[arg-type]
+    ticket = ThreadTicket("a")
+    wire.stored["a"] = DONE
+    replies.watch([ticket])
+    assert ticket.wait(5)
+    replies.close()
+
+
+def test_many_answers_are_fetched_in_bounded_round_trips(wire: FakeWire) -> None:
+    replies = Replies(wire, "me", clock=lambda: 0.0)  # type: ignore[arg-type]
+    tickets = [ThreadTicket(str(number)) for number in range(FETCH_KEYS * 2 + 1)]
+    wire.stored = {ticket.id: DONE for ticket in tickets}
+    wire.heard = list(wire.stored)
+    replies.watch(tickets)
+    assert all(ticket.wait(5) for ticket in tickets)
+    replies.close()
+    assert sorted(wire.fetched) == [1, FETCH_KEYS, FETCH_KEYS]
+
+
+def test_a_broken_connection_is_mended_and_what_was_missed_is_found(wire: FakeWire) -> None:
+    replies = Replies(wire, "me")  # type: ignore[arg-type]
+    ticket = ThreadTicket("a")
+    replies.watch([ticket])
+    wire.down = True
+    poll_until(lambda: replies.down, "the broken connection is noticed")
+    wire.stored["a"] = DONE
+    wire.down = False
+    assert ticket.wait(5)
+    poll_until(lambda: replies.down is None, "the mended connection is noticed")
+    assert wire.listened == 2
+    replies.close()
+
+
+def test_watching_without_a_connection_fails_at_once(wire: FakeWire) -> None:
+    wire.down = True
+    with pytest.raises(BrokerUnavailable):
+        Replies(wire, "me").watch([ThreadTicket("a")])  # type: ignore[arg-type]
+
+
+def test_a_closed_one_starts_again_when_needed(wire: FakeWire) -> None:
+    replies = Replies(wire, "me")  # type: ignore[arg-type]
+    for job_id in "ab":
+        ticket = ThreadTicket(job_id)
+        wire.stored[job_id] = DONE
+        replies.watch([ticket])
+        assert ticket.wait(5)
+        replies.close()
+    assert (wire.listened, wire.unlistened) == (2, 2)
+
+
+async def test_the_task_hears_polls_and_mends_too(wire: FakeWire) -> None:
+    replies = AsyncReplies(FakeAsyncWire(wire), "me")  # type: ignore[arg-type]
+    first, second, third = LoopTicket("a"), LoopTicket("b"), LoopTicket("c")
+    await replies.watch([first, second, third])
+    wire.stored["a"] = DONE
+    wire.heard.append("a")
+    assert await first.wait(5)
+    wire.stored["b"] = DONE
+    assert await second.wait(5)
+    wire.down = True
+    async with asyncio.timeout(5):
+        while replies.down is None:
+            await asyncio.sleep(0)
+    wire.stored["c"] = DONE
+    wire.down = False
+    assert await third.wait(5)
+    await replies.close()
+    assert wire.listened == 2
+
+
+async def test_a_cancelled_wait_leaves_nothing_behind() -> None:
+    ticket = LoopTicket("a")
+    wait = asyncio.create_task(ticket.wait(60))
+    await asyncio.sleep(0)
+    wait.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await wait
+    assert not await ticket.wait(0.0)
+    assert ticket._waiters == []
+    ticket.settle(ResultLost("gone"))
+    assert await ticket.wait(0.0)
