@@ -23,7 +23,7 @@ demo: $(INSTALLED) ## start a fleet, run real jobs on every model, show the answ
 	@$(BIN)/cortex demo
 
 up: $(INSTALLED) ## run the fleet (Procfile) until Ctrl-C
-	@PATH="$(CURDIR)/$(BIN):$$PATH" exec $(BIN)/honcho -f Procfile start
+	@PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/honcho -f Procfile start || [ $$? -eq 130 ]
 
 test: $(INSTALLED) ## run the whole test suite
 	@$(BIN)/python -m pytest $(ARGS)

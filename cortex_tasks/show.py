@@ -6,6 +6,7 @@ import math
 import sys
 from array import array
 from collections.abc import Mapping, Sequence
+from datetime import datetime
 from functools import singledispatch
 from typing import Any
 
@@ -136,15 +137,32 @@ def _(answer: p.Decomposition, given: Any, style: Style) -> list[str]:
     width = max(map(len, parts))
     lines = []
     for name, values in parts.items():
-        limits = f"{min(values):,.2f} … {max(values):,.2f}"
-        lines.append(f"{name:<{width}}  {sparkline(values, 48)}  {limits}")
+        picture = _week(answer.ds, values) if name == "weekly" else sparkline(values, 48)
+        lines.append(f"{name:<{width}}  {picture:<48}  {min(values):,.2f} … {max(values):,.2f}")
     return lines
+
+
+def _week(ds: Sequence[str], values: Sequence[float]) -> str:
+    """The mean of each weekday: hundreds of weeks in one line would show nothing."""
+    days: list[list[float]] = [[] for _ in range(7)]
+    for stamp, value in zip(ds, values, strict=True):
+        days[datetime.fromisoformat(stamp).weekday()].append(value)
+    bars = sparkline([math.fsum(day) / len(day) if day else 0.0 for day in days])
+    return "  ".join(
+        f"{name} {bar}" for name, bar in zip(("Mo", "Tu", "We", "Th", "Fr", "Sa", "Su"), bars, strict=True)
+    )
 
 
 @_body.register
 def _(answer: p.Anomalies, given: Any, style: Style) -> list[str]:
     rows = [
-        (a.ds[:19], f"{a.y:,.2f}", f"{a.yhat:,.2f}", f"{a.yhat_lower:,.2f} … {a.yhat_upper:,.2f}", f"{a.score:.2f}")
+        (
+            a.ds.removesuffix("T00:00:00"),
+            f"{a.y:,.2f}",
+            f"{a.yhat:,.2f}",
+            f"{a.yhat_lower:,.2f} … {a.yhat_upper:,.2f}",
+            f"{a.score:.2f}",
+        )
         for a in answer.points
     ]
     found = f"{len(answer.points)} anomalies in {answer.checked:,} points"

@@ -128,6 +128,7 @@ def _verdict(stage: Stage) -> int:
             stage.paragraph(problem)
         return 1
     stage.say(stage.style("Every answer as expected; no process left behind.", "green", "bold"))
+    stage.say("`make up` keeps such a fleet running; then try: cortex run embed 'A sentence.'")
     return 0
 
 

@@ -6,13 +6,14 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any, Final
 
+from cortex_tasks.client import options as o
 from cortex_tasks.demo import Stage
 from cortex_tasks.demo.material import ANOMALIES, DAYS, HOLDOUT, sentences, visits
 from cortex_tasks.errors import ModelUnavailable
 from cortex_tasks.payloads import Result
 from cortex_tasks.results import JobResult
 from cortex_tasks.show import highlighted, show, timings_line
-from cortex_tasks.terminal import Band, plot, sparkline
+from cortex_tasks.terminal import Band, plot
 
 __all__ = ["SCENES"]
 
@@ -28,6 +29,8 @@ _NEWS: Final = (
     "Marie Curie received the Nobel Prize in Stockholm in December 1911.",
     "The museum paid $4.5 million for the painting, 12% more than in 2019.",
 )
+#: Summer and Saturday take a share of the visits, not a number of them.
+_MODE: Final[o.SeriesOptions] = {"seasonality_mode": "multiplicative"}
 
 
 def semantic_search(stage: Stage) -> None:
@@ -111,7 +114,7 @@ def forecast(stage: Stage) -> None:
     """Six weeks ahead, judged by what came."""
     data = visits()
     stage.title(f"Forecast: {DAYS} days of library visits, {HOLDOUT} days ahead, prophet")
-    answer = stage.cortex.forecast(data.series(), horizon=HOLDOUT, interval_width=0.9)
+    answer = stage.cortex.forecast(data.series(), horizon=HOLDOUT, interval_width=0.9, **_MODE)
     shown = 2 * HOLDOUT
     band = Band(answer.yhat, answer.yhat_lower, answer.yhat_upper)
     labels = (data.ds[-shown], data.ds[-1], answer.ds[-1][:10])
@@ -128,7 +131,7 @@ def decomposition(stage: Stage) -> None:
     """Trend, week and year taken apart."""
     data = visits()
     stage.title("Decomposition: prophet")
-    answer = stage.cortex.decompose(data.series())
+    answer = stage.cortex.decompose(data.series(), **_MODE)
     stage.say(*show(data.series(), answer, stage.style))
     stage.expect(answer.trend[-1] > answer.trend[0], "the trend does not rise")
     weekly = answer.seasonalities.get("weekly", ())
@@ -141,10 +144,20 @@ def anomalies(stage: Stage) -> None:
     """Three days on which something happened, among three years of noise."""
     data = visits(with_anomalies=True)
     stage.title("Anomalies: prophet")
-    answer = stage.cortex.detect_anomalies(data.series(), interval_width=0.995)
+    answer = stage.cortex.detect_anomalies(data.series(), interval_width=0.995, **_MODE)
     found = {point.ds[:10] for point in answer.points}
     expected = {data.ds[day] for day in ANOMALIES}
-    stage.say(sparkline(data.y, stage.width - 1))
+    stage.say(
+        *plot(
+            data.y,
+            Band((), (), ()),
+            (data.ds[0], "", data.ds[-1]),
+            width=stage.width - 1,
+            height=7,
+            style=stage.style,
+            marks=[data.ds.index(day) for day in sorted(found)],
+        )
+    )
     strongest = answer.model_copy(update={"points": _strongest(answer.points, 5)})
     stage.say(*show(data.series(), strongest, stage.style))
     stage.expect(expected <= found, f"missed: {', '.join(sorted(expected - found))}")
