@@ -73,7 +73,7 @@ def _tiny_spacy(directory: Path) -> Path:
 
 def _series(points: int) -> Series:
     days = [f"2024-{1 + day // 28:02}-{1 + day % 28:02}T00:00:00" for day in range(points)]
-    return Series(ds=tuple(days), y=tuple(float(day % 7 + day / 10) for day in range(points)))
+    return Series(ds=tuple(days), y=tuple(float(day + day * 37 % 11) for day in range(points)))
 
 
 SERIES = (_series(30), _series(2), _series(12))

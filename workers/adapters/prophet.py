@@ -139,7 +139,9 @@ class ProphetAdapter(Adapter):
             raise ModelUnavailable(
                 f"Prophet cannot be used: {type(error).__name__}: {error}; pip install 'datapunk-cortex[prophet]'"
             ) from error
-        # What goes wrong is told as an error of the series; the rest is chatter.
+        # What goes wrong is told as an error of the series; the rest is chatter. Without a handler cmdstanpy
+        # would set its own up, and its level again.
+        logging.getLogger("cmdstanpy").addHandler(logging.NullHandler())
         for name in ("prophet", "cmdstanpy"):
             logging.getLogger(name).setLevel(logging.CRITICAL)
         return cls(options.fit_timeout_s)
@@ -157,7 +159,8 @@ class ProphetAdapter(Adapter):
 
     def example(self, task: str) -> tuple[Sequence[Any], Params]:
         days = [f"2024-01-{day:02}T00:00:00" for day in range(1, 21)]
-        series = Series(ds=tuple(days), y=tuple(float(day % 7 + day / 10) for day in range(1, 21)))
+        # Ragged on purpose: on a smooth curve the optimiser creeps on to its limit of 10,000 steps.
+        series = Series(ds=tuple(days), y=tuple(float(day + day * 37 % 11) for day in range(1, 21)))
         params: dict[str, Params] = {
             "forecast": ForecastParams(horizon=7),
             "decompose": DecomposeParams(),
