@@ -271,7 +271,7 @@ class ChildHost(Adapter):
                 return error
             logger.warning("%s; it held %d inputs", error, len(share.items))
             failure = self._try_fill_up()
-            if self._closed:
+            if self._closed and failure is not None:
                 batch.settle(share, [failure] * len(share.items))
             else:
                 batch.lost(share, error, child.overdue)
