@@ -64,7 +64,6 @@ def broker_options(fleet: FleetConfig, settings: Settings) -> dict[str, Any]:
     """kombu's options for the fleet's broker; every app that publishes to it or consumes from it uses them."""
     return {
         "priority_steps": list(PRIORITY_STEPS),
-        "queue_order_strategy": "priority",
         "visibility_timeout": fleet.delivery.lease_s,
         "body_encoding": "utf-8",
         "socket_connect_timeout": settings.connect_timeout_s,

@@ -131,6 +131,11 @@ class Book:
         self._awaited.update((ticket.id, ticket) for ticket in tickets if ticket.outcome is None)
         self._soon(now)
 
+    def forget(self, tickets: Iterable[Ticket]) -> None:
+        """Await these no longer."""
+        for ticket in tickets:
+            self._awaited.pop(ticket.id, None)
+
     def poll_now(self) -> None:
         """Announcements may have been missed: look for every answer at once."""
         self._next_poll = 0.0
@@ -222,6 +227,11 @@ class Replies:
             self._book.add(tickets, self._clock())
             self._changed.notify_all()
 
+    def forget(self, tickets: Iterable[Ticket]) -> None:
+        """Await these no longer: their caller has given up."""
+        with self._changed:
+            self._book.forget(tickets)
+
     def close(self) -> None:
         """End the thread."""
         with self._changed:
@@ -297,6 +307,10 @@ class AsyncReplies:
                     self._task = asyncio.create_task(self._run(), name="cortex-replies")
         self._book.add(tickets, self._clock())
         self._wanted.set()
+
+    def forget(self, tickets: Iterable[Ticket]) -> None:
+        """Await these no longer: their caller has given up."""
+        self._book.forget(tickets)
 
     async def close(self) -> None:
         """End the task."""

@@ -17,7 +17,7 @@ from celery.app import trace
 
 from cortex_tasks.app import make_app
 from cortex_tasks.codec import HEADER
-from cortex_tasks.config import FleetConfig, Settings, load_fleet
+from cortex_tasks.config import Delivery, FleetConfig, Settings, load_fleet
 from cortex_tasks.errors import CortexError
 from workers.celery_hooks.leases import LeaseKeeper
 from workers.celery_hooks.transport import register_transport
@@ -208,8 +208,19 @@ def _configure_worker(
         conf.worker_concurrency = prefetch_jobs(wiring.fleet, queues)
     if wiring.settings.transport == "cortex":
         conf.broker_transport = register_transport()
+        conf.broker_transport_options = {**conf.broker_transport_options, **lease_options(wiring.fleet.delivery)}
     else:
         conf.broker_transport_options = {**conf.broker_transport_options, "visibility_timeout": _STOCK_VISIBILITY_S}
+
+
+def lease_options(delivery: Delivery) -> dict[str, Any]:
+    """kombu's options for leases that the LeaseKeeper renews: sweep often, and let no dead sweeper block the others."""
+    return {
+        "visibility_timeout": delivery.lease_s,
+        "unacked_restore_interval": delivery.sweep_s,
+        "unacked_restore_throttle": 1,
+        "unacked_mutex_expire": max(1, round(delivery.lease_s)),
+    }
 
 
 def _queue_names(given: Any) -> tuple[str, ...]:

@@ -97,7 +97,10 @@ class Child:
     @property
     def alive(self) -> bool:
         """Whether the process still runs; leaves its status to be collected by ``kill``."""
-        return os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None
+        try:
+            return os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None
+        except ChildProcessError:
+            return False
 
     @property
     def memory_bytes(self) -> int:

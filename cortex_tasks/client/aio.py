@@ -238,7 +238,12 @@ class AsyncCortex:
 
     async def _answer(self, order: Order) -> JobResult[Any]:
         tickets = await self._send(order)
-        await self._wait(order.plan, tickets, order.plan.timeout_s)
+        try:
+            await self._wait(order.plan, tickets, order.plan.timeout_s)
+        except BaseException:
+            # A time-out, Ctrl-C, a cancelled coroutine: nobody will ask for these answers.
+            self._link().replies.forget(tickets)
+            raise
         return order.result([ticket.outcome for ticket in tickets if ticket.outcome is not None])
 
     async def _send(self, order: Order) -> list[LoopTicket]:

@@ -133,6 +133,8 @@ class Window(Generic[K]):
     def answers(self) -> list[Any]:
         """Hand out the first chunk, which is done. Raises its first error where that was asked for."""
         chunk = self.chunks.popleft()
+        # An answer made room in the queue.
+        self.retry_at = 0.0
         outcomes = [chunk.ticket.outcome] if chunk.ticket is not None and chunk.ticket.outcome is not None else []
         result = chunk.order.entries(outcomes)
         return list(result.values() if self._raise else result)
@@ -159,9 +161,7 @@ def stream(client: Cortex, flow: Window[ThreadTicket], inputs: Iterable[Any], pr
     source = iter(inputs)
     try:
         while True:
-            if flow.wants():
-                flow.read(source)
-            _publish(client, flow)
+            _fill(client, flow, source)
             if not flow.chunks:
                 return
             first = flow.chunks[0]
@@ -178,6 +178,16 @@ def stream(client: Cortex, flow: Window[ThreadTicket], inputs: Iterable[Any], pr
         if unfinished := flow.unfinished():
             with suppress(BrokerUnavailable):
                 client._link().wire.revoke(unfinished)
+
+
+def _fill(client: Cortex, flow: Window[ThreadTicket], source: Iterator[Any]) -> None:
+    """Keep the workers busy first; go on reading only while there is nothing to hand out."""
+    while flow.wants():
+        flow.read(source)
+        _publish(client, flow)
+        if flow.chunks and flow.chunks[0].done:
+            return
+    _publish(client, flow)
 
 
 def _publish(client: Cortex, flow: Window[ThreadTicket]) -> None:

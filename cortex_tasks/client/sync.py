@@ -251,7 +251,12 @@ class Cortex:
 
     def _answer(self, order: Order) -> JobResult[Any]:
         tickets = self._send(order)
-        self._wait(order.plan, tickets, order.plan.timeout_s)
+        try:
+            self._wait(order.plan, tickets, order.plan.timeout_s)
+        except BaseException:
+            # A time-out, Ctrl-C, a cancelled coroutine: nobody will ask for these answers.
+            self._link().replies.forget(tickets)
+            raise
         return order.result([ticket.outcome for ticket in tickets if ticket.outcome is not None])
 
     def _send(self, order: Order) -> list[ThreadTicket]:

@@ -32,6 +32,8 @@ __all__ = ["Handler", "LocalFleet", "RecordedJob", "echo_fleet"]
 Handler = Callable[[str, str, Sequence[Any], Params], Sequence[Mapping[str, Any] | CortexError]]
 
 _NODE: Final = "local@testing"
+#: What the workers claim to answer, for the estimate that comes with QueueFull.
+_ITEMS_PER_S: Final = 1_000.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,6 +84,8 @@ class LocalFleet:
     ) -> None:
         self.fleet = fleet if fleet is not None else echo_fleet()
         self.jobs: list[RecordedJob] = []
+        #: How many jobs were refused because their queue was full.
+        self.refused = 0
         #: Ids of the jobs that a client cancelled.
         self.revoked: list[str] = []
         self._handler = handler or _echo
@@ -166,6 +170,7 @@ class LocalFleet:
             room = 0 if self._full else min(len(messages), max(0, envelope.limit_jobs - depth))
             if room < len(messages) and not partial:
                 room = 0
+            self.refused += len(messages) - room
             jobs = [_record(message) for message in messages[:room]]
             self.jobs += jobs
             self._waiting += jobs
@@ -197,7 +202,7 @@ class LocalFleet:
         return [
             WorkerCard(
                 node=_NODE, image="testing", host="testing", pid=1, state="ready", queues=self.fleet.queues, models=(),
-                started_at=now, seen_at=now,
+                started_at=now, seen_at=now, items_per_s=_ITEMS_PER_S,
             )
         ]  # fmt: skip
 

@@ -66,20 +66,22 @@ def bench(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     env, arguments = SETUPS[request.param]
     directory = tmp_path_factory.mktemp(request.param)
     gate = directory / "gate"
-    with RedisServer(directory=directory) as server:
-        with WorkerProcess(
+    with (
+        RedisServer(directory=directory) as server,
+        WorkerProcess(
             server.url,
             directory / "worker.log",
             env={**env, "CORTEX_TEST_GATE": str(gate)},
             arguments=(*arguments, "-I", "tests.support.extra_tasks"),
             wait=env["CORTEX_POOL"] == "cortex",
-        ) as worker:
-            app = Celery("plain", broker=server.url, backend=server.url, set_as_current=False)
-            poll_until(lambda: app.control.inspect(timeout=0.5).ping(), f"a ping from the worker\n{worker.tail()}", 60)
-            client = redis.Redis.from_url(server.url)
-            yield Bench(request.param, worker, app, client, gate)
-            app.close()
-            client.close()
+        ) as worker,
+    ):
+        app = Celery("plain", broker=server.url, backend=server.url, set_as_current=False)
+        poll_until(lambda: app.control.inspect(timeout=0.5).ping(), f"a ping from the worker\n{worker.tail()}", 60)
+        client = redis.Redis.from_url(server.url)
+        yield Bench(request.param, worker, app, client, gate)
+        app.close()
+        client.close()
 
 
 def unpack(data: bytes) -> tuple[float, ...]:
