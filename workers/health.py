@@ -58,7 +58,10 @@ class Health(threading.Thread):
     ) -> None:
         super().__init__(name="health", daemon=True)
         self.state: Literal["starting", "ready", "stopping"] = "starting"
-        self._identity = {"node": node, "image": image, "host": host, "pid": os.getpid(), "queues": tuple(queues)}
+        self._node = node
+        self._image = image
+        self._host = host
+        self._queues = tuple(queues)
         self._registry = registry
         self._runners = runners
         self._in_flight = in_flight
@@ -94,8 +97,8 @@ class Health(threading.Thread):
         self.join(5.0)
         try:
             client = self._client or self._connect()
-            client.delete(worker_key(self._identity["node"]))
-            client.zrem(WORKERS_KEY, self._identity["node"])
+            client.delete(worker_key(self._node))
+            client.zrem(WORKERS_KEY, self._node)
         except Exception as error:
             logger.debug("the worker's card could not be removed: %s", type(error).__name__)
 
@@ -103,7 +106,11 @@ class Health(threading.Thread):
         models = tuple(model.card() for model in self._registry.models.values())
         items = sum(model.items for model in models)
         return WorkerCard(
-            **self._identity,
+            node=self._node,
+            image=self._image,
+            host=self._host,
+            pid=os.getpid(),
+            queues=self._queues,
             state=self.state,
             models=models,
             started_at=self._started_at_s,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from datetime import datetime
 from typing import Any
 
@@ -11,7 +11,7 @@ from celery import Celery, Task
 
 from cortex_tasks.catalog import TASKS, task_spec
 from cortex_tasks.codec import HEADER, lane_of
-from cortex_tasks.config import FleetConfig
+from cortex_tasks.config import FleetConfig, Limits
 from cortex_tasks.errors import CortexError, InvalidInput, ModelError, ModelUnavailable
 from cortex_tasks.inputs import check_input, check_params, is_single
 from cortex_tasks.payloads import TextParams
@@ -97,7 +97,7 @@ def to_job(
         model=alias,
         task=spec.name,
         params=checked,
-        inputs=[_check(lambda v=value: check_input(spec.name, v, model.limits, truncate)) for value in values],
+        inputs=[_checked(spec.name, value, model.limits, truncate) for value in values],
         lane=lane_of((headers.get("delivery_info") or {}).get("priority")),
         deadline_s=_epoch(headers.get("expires")),
         sent_at_s=_number(options.get("sent_at")),
@@ -121,9 +121,10 @@ def _arguments(args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[Any, str
     return params.pop("inputs"), params.pop("model", None), params
 
 
-def _check(read: Callable[[], Any]) -> Any:
+def _checked(task: str, value: Any, limits: Limits, truncate: bool) -> Any:
+    """An input in its canonical form, or why it is refused."""
     try:
-        return read()
+        return check_input(task, value, limits, truncate)
     except InvalidInput as error:
         return error
 
