@@ -94,7 +94,9 @@ class Registry:
         clock: Callable[[], float],
     ) -> None:
         self.models = {alias: Model(alias, fleet.models[alias]) for alias in aliases}
-        self._process_pool_bytes = fleet.memory_config.process_pool
+        children = sum(model.config.children for model in self.models.values())
+        #: Each child's share of the memory that queues.yaml gives to child processes.
+        self._child_bytes = fleet.memory_config.process_pool // max(children, 1)
         self._threads = threads
         self._device = device
         self._models_dir = models_dir
@@ -181,7 +183,7 @@ class Registry:
             context,
             config.children,
             time_limit_s=config.limits.time_limit_s,
-            memory_limit_bytes=None,
+            memory_limit_bytes=self._child_bytes,
         )
 
     def _snapshot(self, config: ModelConfig, *, optional: bool) -> tuple[Snapshot, str]:
