@@ -203,6 +203,30 @@ def test_a_reader_that_goes_away_ends_it_quietly(tmp_path: Path) -> None:
     assert done.stderr == ""
 
 
+def test_ctrl_c_ends_it_and_cancels_what_has_not_started(tmp_path: Path) -> None:
+    script = tmp_path / "held.py"
+    script.write_text(
+        "import threading, time, os, signal\n"
+        "from cortex_tasks import testing\n"
+        "from cortex_tasks.cli import main\n"
+        "import cortex_tasks.cli.run as module\n"
+        "with testing.fleet() as fleet:\n"
+        "    fleet.hold()\n"
+        "    module.open_client = fleet.client\n"
+        "    def press():\n"
+        "        while len(fleet.jobs) < 2: time.sleep(0.01)\n"
+        "        os.kill(os.getpid(), signal.SIGINT)\n"
+        "    threading.Thread(target=press).start()\n"
+        "    try:\n"
+        "        main(['run', 'embed', '--json'])\n"
+        "    finally:\n"
+        "        print(len(fleet.revoked) == len(fleet.jobs))\n"
+    )
+    lines = "".join(f"text {n}\n" for n in range(200))
+    done = subprocess.run([sys.executable, str(script)], input=lines, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout, done.stderr) == (130, "True\n", "cortex: interrupted\n")
+
+
 # ------------------------------------------------------------------------------------------------------ for people
 
 
