@@ -12,7 +12,8 @@ import asyncio
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, Final
 from weakref import WeakValueDictionary
 
@@ -227,10 +228,15 @@ class Replies:
             self._book.add(tickets, self._clock())
             self._changed.notify_all()
 
-    def forget(self, tickets: Iterable[Ticket]) -> None:
-        """Await these no longer: their caller has given up."""
-        with self._changed:
-            self._book.forget(tickets)
+    @contextmanager
+    def giving_up(self, tickets: Sequence[Ticket]) -> Iterator[None]:
+        """Await these no longer when the block fails: a time-out, Ctrl-C, a full queue."""
+        try:
+            yield
+        except BaseException:
+            with self._changed:
+                self._book.forget(tickets)
+            raise
 
     def close(self) -> None:
         """End the thread."""
@@ -308,9 +314,14 @@ class AsyncReplies:
         self._book.add(tickets, self._clock())
         self._wanted.set()
 
-    def forget(self, tickets: Iterable[Ticket]) -> None:
-        """Await these no longer: their caller has given up."""
-        self._book.forget(tickets)
+    @contextmanager
+    def giving_up(self, tickets: Sequence[Ticket]) -> Iterator[None]:
+        """Await these no longer when the block fails: a time-out, a cancelled coroutine, a full queue."""
+        try:
+            yield
+        except BaseException:
+            self._book.forget(tickets)
+            raise
 
     async def close(self) -> None:
         """End the task."""

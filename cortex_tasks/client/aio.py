@@ -238,12 +238,8 @@ class AsyncCortex:
 
     async def _answer(self, order: Order) -> JobResult[Any]:
         tickets = await self._send(order)
-        try:
+        with self._link().replies.giving_up(tickets):
             await self._wait(order.plan, tickets, order.plan.timeout_s)
-        except BaseException:
-            # A time-out, Ctrl-C, a cancelled coroutine: nobody will ask for these answers.
-            self._link().replies.forget(tickets)
-            raise
         return order.result([ticket.outcome for ticket in tickets if ticket.outcome is not None])
 
     async def _send(self, order: Order) -> list[LoopTicket]:
@@ -252,6 +248,11 @@ class AsyncCortex:
         tickets = [LoopTicket(draft.id) for draft in order.drafts]
         if tickets:
             await link.replies.watch(tickets)
+        with link.replies.giving_up(tickets):
+            await self._push(link, order)
+        return tickets
+
+    async def _push(self, link: _Link, order: Order) -> None:
         sent = 0
         for batch in order.batches():
             messages = [draft.message for draft in batch]
@@ -261,7 +262,6 @@ class AsyncCortex:
                     await link.wire.revoke([draft.id for draft in order.drafts[:sent]])
                 raise order.plan.full(len(batch), depth, await link.wire.cards())
             sent += pushed
-        return tickets
 
     async def _wait(self, plan: Plan, tickets: Sequence[LoopTicket], timeout_s: float) -> None:
         until = time.monotonic() + timeout_s

@@ -251,12 +251,8 @@ class Cortex:
 
     def _answer(self, order: Order) -> JobResult[Any]:
         tickets = self._send(order)
-        try:
+        with self._link().replies.giving_up(tickets):
             self._wait(order.plan, tickets, order.plan.timeout_s)
-        except BaseException:
-            # A time-out, Ctrl-C, a cancelled coroutine: nobody will ask for these answers.
-            self._link().replies.forget(tickets)
-            raise
         return order.result([ticket.outcome for ticket in tickets if ticket.outcome is not None])
 
     def _send(self, order: Order) -> list[ThreadTicket]:
@@ -265,15 +261,20 @@ class Cortex:
         tickets = [ThreadTicket(draft.id) for draft in order.drafts]
         if tickets:
             link.replies.watch(tickets)
+        with link.replies.giving_up(tickets):
+            self._push(link, order)
+        return tickets
+
+    def _push(self, link: _Link, order: Order) -> None:
         sent = 0
         for batch in order.batches():
-            pushed, depth = link.wire.push(order.plan.envelope, [draft.message for draft in batch], partial=False)
+            messages = [draft.message for draft in batch]
+            pushed, depth = link.wire.push(order.plan.envelope, messages, partial=False)
             if pushed < len(batch):
                 if sent:
                     link.wire.revoke([draft.id for draft in order.drafts[:sent]])
                 raise order.plan.full(len(batch), depth, link.wire.cards())
             sent += pushed
-        return tickets
 
     def _wait(self, plan: Plan, tickets: Sequence[ThreadTicket], timeout_s: float) -> None:
         until = time.monotonic() + timeout_s
