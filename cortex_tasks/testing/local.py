@@ -152,11 +152,6 @@ class LocalFleet:
         finally:
             self._down = False
 
-    def forget_answers(self) -> None:
-        """Every stored answer is evicted."""
-        with self._lock:
-            self._stored.clear()
-
     # ------------------------------------------------------------------------------------------ for the wires
 
     def reach(self) -> None:
