@@ -36,6 +36,7 @@ logger = logging.getLogger(__name__)
 #: kombu's own visibility time-out (seconds), for when nobody renews leases.
 _STOCK_VISIBILITY_S: Final = 3_600
 _POOL: Final = "workers.celery_hooks.pool:BatchingPool"
+_DISPATCHER: Final = "workers.celery_hooks.events:TurnDispatcher"
 _BACKEND: Final = "workers.celery_hooks.backend:BatchedRedisBackend"
 
 
@@ -206,6 +207,7 @@ def _configure_worker(
     wiring.node = instance.hostname
     if wiring.settings.pool == "cortex":
         conf.worker_concurrency = prefetch_jobs(wiring.fleet, queues)
+        instance.app.events.dispatcher_cls = _DISPATCHER
     if wiring.settings.transport == "cortex":
         conf.broker_transport = register_transport()
         conf.broker_transport_options = {**conf.broker_transport_options, **lease_options(wiring.fleet.delivery)}

@@ -59,6 +59,8 @@ class Job:
     suspect: bool = False
     #: The caller's own (the pool's ticket).
     ticket: Any = None
+    #: The parameters' canonical form, where it is known already.
+    canonical: str | None = None
     group: Group = field(init=False)
     outcomes: list[Any] = field(init=False)
     open_items: int = field(init=False)
@@ -68,7 +70,7 @@ class Job:
     failure: CortexError | None = None
 
     def __post_init__(self) -> None:
-        self.group = Group(self.model, self.task, self.params.canonical())
+        self.group = Group(self.model, self.task, self.canonical or self.params.canonical())
         self.outcomes = [value if isinstance(value, CortexError) else None for value in self.inputs]
         self.open_items = self.outcomes.count(None)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from datetime import datetime
-from typing import Any
+from typing import Any, Final
 
 from celery import Celery, Task
 
@@ -14,7 +14,7 @@ from cortex_tasks.codec import HEADER, lane_of
 from cortex_tasks.config import FleetConfig, Limits
 from cortex_tasks.errors import CortexError, InvalidInput, ModelError, ModelUnavailable
 from cortex_tasks.inputs import check_input, check_params, is_single
-from cortex_tasks.payloads import TextParams
+from cortex_tasks.payloads import Params, TextParams
 from workers.runtime import Job
 
 __all__ = ["InferenceTask", "register_tasks", "slot", "to_job"]
@@ -82,7 +82,7 @@ def to_job(
     spec = task_spec(task_name)
     inputs, alias, params = _arguments(args, kwargs)
     alias, model = fleet.model(alias, spec.name)
-    checked = check_params(spec.name, params, model.limits)
+    checked, canonical = _known_params(spec.name, alias, params, model.limits)
     values = [inputs] if is_single(spec.name, inputs) else list(inputs)
     if len(values) > model.limits.inputs_per_job:
         raise InvalidInput(
@@ -97,6 +97,7 @@ def to_job(
         model=alias,
         task=spec.name,
         params=checked,
+        canonical=canonical,
         inputs=[_checked(spec.name, value, model.limits, truncate) for value in values],
         lane=lane_of((headers.get("delivery_info") or {}).get("priority")),
         deadline_s=_epoch(headers.get("expires")),
@@ -104,6 +105,25 @@ def to_job(
         packed=bool(options.get("packed")),
     )
     return job
+
+
+#: Parameters seen before, by what they came from: most jobs come with the same few.
+_seen: dict[tuple[Any, ...], tuple[Params, str]] = {}
+_SEEN_MAX: Final = 512
+
+
+def _known_params(task: str, alias: str, params: Mapping[str, Any], limits: Limits) -> tuple[Params, str]:
+    """The checked parameters and their canonical form. Raises InvalidParameter."""
+    # The limits are the model's; repr tells 1 from True and 1.0, which compare equal.
+    key = (task, alias, limits, repr(sorted(params.items()))) if params else (task, alias, limits)
+    known = _seen.get(key)
+    if known is None:
+        checked = check_params(task, params, limits)
+        known = (checked, checked.canonical())
+        if len(_seen) >= _SEEN_MAX:
+            _seen.clear()
+        _seen[key] = known
+    return known
 
 
 def _arguments(args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[Any, str | None, dict[str, Any]]:

@@ -20,7 +20,7 @@ from typing import Any, Final
 from kombu.transport import redis as kombu_redis
 from kombu.transport import virtual
 
-__all__ = ["LeaseKeeper", "LeasedQoS"]
+__all__ = ["LeaseKeeper", "LeasedQoS", "flush_acks"]
 
 logger = logging.getLogger(__name__)
 
@@ -41,6 +41,8 @@ class LeasedQoS(kombu_redis.QoS):
         super().__init__(*args, **kwargs)
         #: Tags that the fetch script recorded as unacknowledged already.
         self.recorded: set[str] = set()
+        #: Tags acknowledged in this turn of the hub.
+        self.acked: list[str] = []
         _live.add(self)
 
     @property
@@ -56,11 +58,24 @@ class LeasedQoS(kombu_redis.QoS):
             super().append(message, delivery_tag)
 
     def ack(self, delivery_tag: str) -> None:
+        """Collected; ``flush_acks`` sends those of one turn of the hub together."""
+        self._quick_ack(delivery_tag)
         if self.connected:
-            super().ack(delivery_tag)
+            self.acked.append(delivery_tag)
         else:
             _late_acks.append(delivery_tag)
-            self._quick_ack(delivery_tag)
+
+    def flush_acks(self) -> None:
+        """Send the collected acknowledgements; those that cannot be sent are left to the LeaseKeeper."""
+        if not self.acked:
+            return
+        tags, self.acked = self.acked, []
+        try:
+            with self.channel.conn_or_acquire() as client:
+                _acknowledge(client, tags)
+        except Exception:
+            _late_acks.extend(tags)
+            raise
 
     def reject(self, delivery_tag: str, requeue: bool = False) -> None:
         if self.connected:
@@ -77,6 +92,22 @@ class LeasedQoS(kombu_redis.QoS):
             except RuntimeError:
                 # Changed while being copied: copy again.
                 continue
+
+
+def _acknowledge(client: Any, tags: list[str]) -> None:
+    with client.pipeline(transaction=False) as pipe:
+        for start in range(0, len(tags), _CHUNK):
+            chunk = tags[start : start + _CHUNK]
+            pipe.zrem(_UNACKED_INDEX, *chunk)
+            pipe.hdel(_UNACKED, *chunk)
+        pipe.execute()
+
+
+def flush_acks() -> None:
+    """Send what this process has acknowledged so far, on whatever channel. For the hub's thread."""
+    for qos in list(_live):
+        if qos.connected:
+            qos.flush_acks()
 
 
 class LeaseKeeper(threading.Thread):
@@ -116,13 +147,11 @@ class LeaseKeeper(threading.Thread):
         return len(tags)
 
     def _acknowledge_late(self) -> None:
-        while _late_acks:
-            tag = _late_acks[0]
-            with self._client.pipeline() as pipe:
-                pipe.zrem(_UNACKED_INDEX, tag)
-                pipe.hdel(_UNACKED, tag)
-                pipe.execute()
-            _late_acks.popleft()
+        tags = list(_late_acks)
+        if tags:
+            _acknowledge(self._client, tags)
+            for _ in tags:
+                _late_acks.popleft()
 
     def stop(self) -> None:
         self._stopped.set()

@@ -28,6 +28,7 @@ from redis.exceptions import RedisError
 
 from cortex_tasks.errors import CortexError, PoisonJob
 from workers.celery_hooks.backend import BatchedRedisBackend
+from workers.celery_hooks.leases import flush_acks
 from workers.runtime import Job, answer
 from workers.tasks import InferenceTask, slot, to_job
 
@@ -282,6 +283,15 @@ class BatchingPool(BasePool):
         for ticket, returned in stored:
             self._forget(ticket)
             self._call_back(ticket, returned)
+        if self.draining:
+            # The hub turns no more: it would have sent these.
+            self._flush_acks()
+
+    def _flush_acks(self) -> None:
+        try:
+            flush_acks()
+        except (RedisError, OSError) as error:
+            logger.warning("acknowledgements wait for Redis: %s", type(error).__name__)
 
     def _call_back(self, ticket: Ticket, returned: Any) -> None:
         """Let Celery acknowledge the job and tell what became of it."""

@@ -15,13 +15,13 @@ from __future__ import annotations
 import json
 import logging
 import time
+from contextlib import suppress
 from itertools import count
 from typing import Any, Final
 from uuid import uuid4
 
 from kombu.transport import TRANSPORT_ALIASES
 from kombu.transport import redis as kombu_redis
-from kombu.utils.json import loads
 
 from workers.celery_hooks.leases import LeasedQoS
 
@@ -90,6 +90,7 @@ class CortexChannel(kombu_redis.Channel):
 
     def fetch_or_wait(self, loop: Any) -> None:
         """Called before each poll while there is room: take what there is, or see that all lists are waited for."""
+        self.qos.flush_acks()
         if self._all_waited_for():
             self._drop_overdue()
             return
@@ -117,7 +118,7 @@ class CortexChannel(kombu_redis.Channel):
         return len(got) // 3
 
     def _deliver(self, queue: str, tag: str, raw: bytes) -> None:
-        message = loads(raw)
+        message = json.loads(raw)
         message["properties"]["delivery_tag"] = tag
         self.qos.recorded.add(tag)
         self.connection._deliver(message, queue)
@@ -174,6 +175,8 @@ class CortexChannel(kombu_redis.Channel):
     def close(self) -> None:
         if not self.closed:
             self._close_waits()
+            with suppress(*self.connection_errors):
+                self.qos.flush_acks()
         super().close()
 
 
