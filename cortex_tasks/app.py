@@ -9,10 +9,12 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Final
 
 from celery import Celery
+from celery.app.amqp import AMQP
 from kombu import Exchange, Queue
 
 from cortex_tasks.codec import PRIORITY_STEPS, SERIALIZER, register_serializer
 from cortex_tasks.config import FleetConfig, load_fleet
+from cortex_tasks.publish import SHOWN_CHARS
 from cortex_tasks.settings import Settings
 from cortex_tasks.wire import COMMAND_TIMEOUT_S
 
@@ -25,13 +27,20 @@ _PREFIX: Final = "cortex."
 _ONE_RETRY: Final = {"max_retries": 1, "interval_start": 0.05, "interval_step": 0.0, "interval_max": 0.05}
 
 
+class _ReadableAMQP(AMQP):
+    """What Celery itself sends (a chain's next link) shows as little of a document as what Cortex sends."""
+
+    argsrepr_maxsize = SHOWN_CHARS
+    kwargsrepr_maxsize = SHOWN_CHARS
+
+
 def make_app(settings: Settings, fleet: FleetConfig, *, name: str = "cortex", fail_fast: bool = False) -> Celery:
     """A Celery app of the fleet. It does not become the process's current app: a user's own stays that.
 
     ``fail_fast`` is for submitters: an absent Redis is an error within seconds. A worker goes on trying.
     """
     register_serializer()
-    made = Celery(name, set_as_current=False)
+    made = Celery(name, amqp=_ReadableAMQP, set_as_current=False)
     made.conf.update(
         broker_url=settings.broker,
         result_backend=settings.results,

@@ -19,7 +19,7 @@ from cortex_tasks.catalog import TaskSpec
 from cortex_tasks.codec import HEADER, priority_of, queue_key, queue_keys
 from cortex_tasks.payloads import CachePolicy, Lane, Series
 
-__all__ = ["PUSH_SCRIPT", "Envelope", "new_id", "push_arguments", "revoke_message", "short_repr"]
+__all__ = ["PUSH_SCRIPT", "SHOWN_CHARS", "Envelope", "new_id", "push_arguments", "revoke_message", "short_repr"]
 
 #: Push while there is room. KEYS: the queue's lists. ARGV: the limit, the 1-based list to push to, 1 when a part may
 #: be pushed where not all fit (else 0), then the messages. Returns {pushed, jobs in the queue afterwards}.
@@ -36,7 +36,7 @@ return {room, depth + room}
 """
 
 #: Characters of a job's parameters that Flower and logs show.
-_SHOWN_CHARS: Final = 200
+SHOWN_CHARS: Final = 200
 
 
 def _series(value: Any) -> dict[str, Any]:
@@ -73,7 +73,7 @@ def short_repr(inputs: Sequence[Any]) -> str:
 
 def short_options(options: Mapping[str, Any]) -> str:
     """``'model': 'minilm', 'top_k': 3``, cut to a readable length."""
-    return _cut(", ".join(f"{name!r}: {value!r}" for name, value in options.items()), _SHOWN_CHARS)
+    return _cut(", ".join(f"{name!r}: {value!r}" for name, value in options.items()), SHOWN_CHARS)
 
 
 def _cut(text: str, length: int) -> str:

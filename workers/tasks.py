@@ -53,7 +53,9 @@ class InferenceTask(Task):
         if outcome is None:
             outcome = self.app.cortex.run_alone(self, args, kwargs)
         if isinstance(outcome, ModelUnavailable) and outcome.details.get("transient"):
-            raise self.retry(exc=outcome)
+            # Celery's own retry would show the arguments anew, at length.
+            shown = {"argsrepr": self.request.argsrepr, "kwargsrepr": self.request.kwargsrepr}
+            raise self.retry(exc=outcome, **shown)
         if isinstance(outcome, BaseException):
             raise outcome
         return outcome
