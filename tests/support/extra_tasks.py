@@ -28,3 +28,9 @@ def note(self: Any, value: Any, key: str) -> None:
 def note_error(self: Any, failed_id: str, key: str) -> None:
     """An errback of the kind that is sent as a task, with the failed job's id."""
     self.app.backend.client.rpush(key, failed_id)
+
+
+@shared_task(name="tests.same")
+def same(value: Any) -> Any:
+    """What it was given: the first link of a chain."""
+    return value

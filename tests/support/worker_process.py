@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -79,10 +80,8 @@ class WorkerProcess:
 
     def kill(self) -> None:
         """SIGKILL to the whole group, as the OOM killer or a lost machine would."""
-        try:
+        with contextlib.suppress(ProcessLookupError):
             os.killpg(self.pid, signal.SIGKILL)
-        except ProcessLookupError:
-            pass
         self.process.wait(10)
 
     def tail(self, lines: int = 40) -> str:
