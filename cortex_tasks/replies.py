@@ -228,14 +228,18 @@ class Replies:
             self._book.add(tickets, self._clock())
             self._changed.notify_all()
 
+    def forget(self, tickets: Sequence[Ticket]) -> None:
+        """Await these no longer."""
+        with self._changed:
+            self._book.forget(tickets)
+
     @contextmanager
     def giving_up(self, tickets: Sequence[Ticket]) -> Iterator[None]:
         """Await these no longer when the block fails: a time-out, Ctrl-C, a full queue."""
         try:
             yield
         except BaseException:
-            with self._changed:
-                self._book.forget(tickets)
+            self.forget(tickets)
             raise
 
     def close(self) -> None:
@@ -313,6 +317,10 @@ class AsyncReplies:
                     self._task = asyncio.create_task(self._run(), name="cortex-replies")
         self._book.add(tickets, self._clock())
         self._wanted.set()
+
+    def forget(self, tickets: Sequence[Ticket]) -> None:
+        """Await these no longer."""
+        self._book.forget(tickets)
 
     @contextmanager
     def giving_up(self, tickets: Sequence[Ticket]) -> Iterator[None]:

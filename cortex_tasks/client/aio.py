@@ -10,7 +10,8 @@ from typing import Any, Literal, Self, Unpack, overload
 
 from cortex_tasks import payloads as p
 from cortex_tasks.client import options as o
-from cortex_tasks.client.core import Core, Order, Plan, resolve, timed_out
+from cortex_tasks.client.coalesce import LoopCoalescer
+from cortex_tasks.client.core import Core, Draft, Order, Plan, batches, resolve, timed_out
 from cortex_tasks.client.jobs import AsyncJob
 from cortex_tasks.client.map import Window, astream
 from cortex_tasks.client.progress import Progress
@@ -18,7 +19,7 @@ from cortex_tasks.config import FleetConfig
 from cortex_tasks.errors import CortexError
 from cortex_tasks.inputs import is_single
 from cortex_tasks.payloads import CachePolicy, Lane
-from cortex_tasks.replies import AsyncReplies, LoopTicket
+from cortex_tasks.replies import AsyncReplies, LoopTicket, Ticket
 from cortex_tasks.results import JobResult
 from cortex_tasks.settings import Settings, mask_url
 from cortex_tasks.wire import AsyncRedisWire, AsyncWire
@@ -34,8 +35,36 @@ class _Link:
         self.wire = wire
         self.core = core
         self.replies = AsyncReplies(wire, core.channel)
+        self.singles = LoopCoalescer(self)
+
+    async def publish(self, plan: Plan, tickets: Sequence[Ticket], drafts: Sequence[Draft]) -> None:
+        """Queue these jobs, all or none, and await them. Raises QueueFull, BrokerUnavailable."""
+        if not drafts:
+            return
+        await self.replies.watch(tickets)
+        with self.replies.giving_up(tickets):
+            sent = 0
+            for batch in batches(drafts):
+                messages = [draft.message for draft in batch]
+                pushed, depth = await self.wire.push(plan.envelope, messages, partial=False)
+                if pushed < len(batch):
+                    if sent:
+                        await self.wire.revoke([draft.id for draft in drafts[:sent]])
+                    raise plan.full(len(batch), depth, await self.wire.cards())
+                sent += pushed
+
+    def forget(self, tickets: Sequence[Ticket]) -> None:
+        """Await these no longer."""
+        self.replies.forget(tickets)
+
+    async def why_late(self, plan: Plan, waited_s: float) -> CortexError:
+        """Why no answer came in time: Redis, the queue, its workers."""
+        if self.replies.down is not None:
+            return self.replies.down
+        return timed_out(plan, waited_s, await self.wire.depth(plan.envelope.queue), await self.wire.cards())
 
     async def close(self) -> None:
+        await self.singles.close()
         await self.replies.close()
         await self.wire.close()
 
@@ -231,46 +260,24 @@ class AsyncCortex:
         return self._current
 
     async def _ask(self, task: str, inputs: Any, options: dict[str, Any]) -> Any:
-        plan = self._link().core.plan(task, **options)
+        link = self._link()
+        plan = link.core.plan(task, **options)
         if is_single(task, inputs):
-            return (await self._answer(plan.order_one(inputs))).values()[0]
-        return await self._answer(plan.order(inputs))
-
-    async def _answer(self, order: Order) -> JobResult[Any]:
+            return await link.singles.ask(plan, plan.check(inputs))
+        order = plan.order(inputs)
         tickets = await self._send(order)
-        with self._link().replies.giving_up(tickets):
-            await self._wait(order.plan, tickets, order.plan.timeout_s)
+        with link.replies.giving_up(tickets):
+            await self._wait(plan, tickets, plan.timeout_s)
         return order.result([ticket.outcome for ticket in tickets if ticket.outcome is not None])
 
     async def _send(self, order: Order) -> list[LoopTicket]:
         """Publish all the jobs of an order, or none."""
-        link = self._link()
         tickets = [LoopTicket(draft.id) for draft in order.drafts]
-        if tickets:
-            await link.replies.watch(tickets)
-        with link.replies.giving_up(tickets):
-            await self._push(link, order)
+        await self._link().publish(order.plan, tickets, order.drafts)
         return tickets
-
-    async def _push(self, link: _Link, order: Order) -> None:
-        sent = 0
-        for batch in order.batches():
-            messages = [draft.message for draft in batch]
-            pushed, depth = await link.wire.push(order.plan.envelope, messages, partial=False)
-            if pushed < len(batch):
-                if sent:
-                    await link.wire.revoke([draft.id for draft in order.drafts[:sent]])
-                raise order.plan.full(len(batch), depth, await link.wire.cards())
-            sent += pushed
 
     async def _wait(self, plan: Plan, tickets: Sequence[LoopTicket], timeout_s: float) -> None:
         until = time.monotonic() + timeout_s
         for ticket in tickets:
             if not await ticket.wait(until - time.monotonic()):
-                raise await self._timed_out(plan, timeout_s)
-
-    async def _timed_out(self, plan: Plan, waited_s: float) -> CortexError:
-        link = self._link()
-        if link.replies.down is not None:
-            return link.replies.down
-        return timed_out(plan, waited_s, await link.wire.depth(plan.envelope.queue), await link.wire.cards())
+                raise await self._link().why_late(plan, timeout_s)

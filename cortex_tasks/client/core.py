@@ -37,7 +37,7 @@ from cortex_tasks.replies import Outcome
 from cortex_tasks.results import JobResult, error_from_meta, parse
 from cortex_tasks.settings import Settings, mask_url
 
-__all__ = ["Core", "Draft", "Order", "Plan", "resolve", "timed_out"]
+__all__ = ["Core", "Draft", "Order", "Plan", "batches", "resolve", "timed_out"]
 
 #: Kinds of jobs whose envelopes are kept.
 _ENVELOPES: Final = 256
@@ -57,6 +57,20 @@ class Draft:
     indexes: Sequence[int]
 
 
+def batches(drafts: Iterable[Draft]) -> Iterator[list[Draft]]:
+    """The drafts, as many at a time as one round trip should carry."""
+    batch: list[Draft] = []
+    size_bytes = 0
+    for draft in drafts:
+        if batch and (len(batch) == _BATCH_JOBS or size_bytes + len(draft.message) > _BATCH_BYTES):
+            yield batch
+            batch, size_bytes = [], 0
+        batch.append(draft)
+        size_bytes += len(draft.message)
+    if batch:
+        yield batch
+
+
 @dataclass(frozen=True, slots=True)
 class Order:
     """The inputs of one call: some refused on the spot, the others in jobs."""
@@ -74,19 +88,6 @@ class Order:
                 f"{self.count:,} inputs are over the model's limit of {limit:,} a job; use map() for more",
                 {"limit": limit, "got": self.count},
             )
-
-    def batches(self) -> Iterator[list[Draft]]:
-        """The drafts, as many at a time as one round trip should carry."""
-        batch: list[Draft] = []
-        size_bytes = 0
-        for draft in self.drafts:
-            if batch and (len(batch) == _BATCH_JOBS or size_bytes + len(draft.message) > _BATCH_BYTES):
-                yield batch
-                batch, size_bytes = [], 0
-            batch.append(draft)
-            size_bytes += len(draft.message)
-        if batch:
-            yield batch
 
     def result(self, outcomes: Sequence[Outcome]) -> JobResult[Any]:
         """One entry an input. ``outcomes``: how each draft ended.
@@ -153,9 +154,17 @@ class Plan:
     timeout_s: float
     clock: Callable[[], float]
 
+    def check(self, value: Any) -> Any:
+        """One input in its canonical form. Raises InvalidInput."""
+        return check_input(self.spec.name, value, self.limits, self.truncate)
+
+    def order_checked(self, values: list[Any]) -> Order:
+        """Inputs that were checked before."""
+        return self._order(values, range(len(values)), {}, len(values))
+
     def order_one(self, value: Any) -> Order:
         """One input. Raises InvalidInput."""
-        return self._order([check_input(self.spec.name, value, self.limits, self.truncate)], range(1), {}, 1)
+        return self.order_checked([self.check(value)])
 
     def order(self, inputs: Iterable[Any]) -> Order:
         """Several inputs; a bad one becomes an entry of its own and its neighbours go on."""
@@ -166,7 +175,7 @@ class Plan:
         for index, value in enumerate(inputs):
             count += 1
             try:
-                good.append(check_input(self.spec.name, value, self.limits, self.truncate))
+                good.append(self.check(value))
                 indexes.append(index)
             except InvalidInput as error:
                 refused[index] = error
@@ -205,12 +214,31 @@ class Core:
     #: Names this client's reply channel.
     client_id: str = field(default_factory=lambda: uuid4().hex)
     _envelopes: dict[Any, Envelope] = field(default_factory=dict)
+    _plans: dict[Any, Plan] = field(default_factory=dict)
 
     @property
     def channel(self) -> str:
         return reply_channel(self.client_id)
 
-    def plan(
+    def plan(self, task: str, **options: Any) -> Plan:
+        """Check everything but the inputs. Raises UnknownTask, UnknownModel, InvalidParameter.
+
+        Options that are plain values are checked once: calls mostly come with the same few.
+        """
+        try:
+            # The type tells True from 1 and 1.0, which are equal.
+            key = (task, *((name, type(value), value) for name, value in options.items()))
+            known = self._plans.get(key)
+        except TypeError:
+            return self._new_plan(task, **options)
+        if known is None:
+            known = self._new_plan(task, **options)
+            if len(self._plans) >= _ENVELOPES:
+                self._plans.clear()
+            self._plans[key] = known
+        return known
+
+    def _new_plan(
         self,
         task: str,
         *,
@@ -221,7 +249,6 @@ class Core:
         timeout_s: float | None = None,
         **params: Any,
     ) -> Plan:
-        """Check everything but the inputs. Raises UnknownTask, UnknownModel, InvalidParameter."""
         spec = task_spec(task)
         alias, config = self.fleet.model(model, spec.name)
         _one_of("lane", lane, get_args(Lane))

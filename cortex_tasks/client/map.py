@@ -209,7 +209,7 @@ def _await_first(client: Cortex, flow: Window[ThreadTicket], ticket: ThreadTicke
     answered = flow.answered()
     while not ticket.wait(flow.plan.timeout_s):
         if flow.answered() == answered:
-            raise client._timed_out(flow.plan, flow.plan.timeout_s)
+            raise client._link().why_late(flow.plan, flow.plan.timeout_s)
         answered = flow.answered()
 
 
@@ -305,7 +305,7 @@ async def _something(client: AsyncCortex, flow: Window[LoopTicket], inlet: _Inle
     else:
         moved = await first.ticket.wait(flow.plan.timeout_s)
     if not moved and flow.answered() == answered:
-        raise await client._timed_out(flow.plan, flow.plan.timeout_s)
+        raise await client._link().why_late(flow.plan, flow.plan.timeout_s)
 
 
 async def _either(ticket: LoopTicket, ready: asyncio.Event, timeout_s: float) -> bool:

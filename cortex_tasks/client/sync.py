@@ -12,7 +12,8 @@ from weakref import WeakSet
 
 from cortex_tasks import payloads as p
 from cortex_tasks.client import options as o
-from cortex_tasks.client.core import Core, Order, Plan, resolve, timed_out
+from cortex_tasks.client.coalesce import ThreadCoalescer
+from cortex_tasks.client.core import Core, Draft, Order, Plan, batches, resolve, timed_out
 from cortex_tasks.client.jobs import Job
 from cortex_tasks.client.map import Window, stream
 from cortex_tasks.client.progress import Progress
@@ -20,7 +21,7 @@ from cortex_tasks.config import FleetConfig
 from cortex_tasks.errors import CortexError
 from cortex_tasks.inputs import is_single
 from cortex_tasks.payloads import CachePolicy, Lane
-from cortex_tasks.replies import Replies, ThreadTicket
+from cortex_tasks.replies import Replies, ThreadTicket, Ticket
 from cortex_tasks.results import JobResult
 from cortex_tasks.settings import Settings, mask_url
 from cortex_tasks.wire import RedisWire, Wire
@@ -37,6 +38,33 @@ class _Link:
         self.wire = wire
         self.core = core
         self.replies = Replies(wire, core.channel)
+        self.singles = ThreadCoalescer(self)
+
+    def publish(self, plan: Plan, tickets: Sequence[Ticket], drafts: Sequence[Draft]) -> None:
+        """Queue these jobs, all or none, and await them. Raises QueueFull, BrokerUnavailable."""
+        if not drafts:
+            return
+        self.replies.watch(tickets)
+        with self.replies.giving_up(tickets):
+            sent = 0
+            for batch in batches(drafts):
+                messages = [draft.message for draft in batch]
+                pushed, depth = self.wire.push(plan.envelope, messages, partial=False)
+                if pushed < len(batch):
+                    if sent:
+                        self.wire.revoke([draft.id for draft in drafts[:sent]])
+                    raise plan.full(len(batch), depth, self.wire.cards())
+                sent += pushed
+
+    def forget(self, tickets: Sequence[Ticket]) -> None:
+        """Await these no longer."""
+        self.replies.forget(tickets)
+
+    def why_late(self, plan: Plan, waited_s: float) -> CortexError:
+        """Why no answer came in time: Redis, the queue, its workers."""
+        if self.replies.down is not None:
+            return self.replies.down
+        return timed_out(plan, waited_s, self.wire.depth(plan.envelope.queue), self.wire.cards())
 
     def close(self) -> None:
         self.replies.close()
@@ -244,49 +272,27 @@ class Cortex:
             return self._current
 
     def _ask(self, task: str, inputs: Any, options: dict[str, Any]) -> Any:
-        plan = self._link().core.plan(task, **options)
+        link = self._link()
+        plan = link.core.plan(task, **options)
         if is_single(task, inputs):
-            return self._answer(plan.order_one(inputs)).values()[0]
-        return self._answer(plan.order(inputs))
-
-    def _answer(self, order: Order) -> JobResult[Any]:
+            return link.singles.ask(plan, plan.check(inputs))
+        order = plan.order(inputs)
         tickets = self._send(order)
-        with self._link().replies.giving_up(tickets):
-            self._wait(order.plan, tickets, order.plan.timeout_s)
+        with link.replies.giving_up(tickets):
+            self._wait(plan, tickets, plan.timeout_s)
         return order.result([ticket.outcome for ticket in tickets if ticket.outcome is not None])
 
     def _send(self, order: Order) -> list[ThreadTicket]:
         """Publish all the jobs of an order, or none."""
-        link = self._link()
         tickets = [ThreadTicket(draft.id) for draft in order.drafts]
-        if tickets:
-            link.replies.watch(tickets)
-        with link.replies.giving_up(tickets):
-            self._push(link, order)
+        self._link().publish(order.plan, tickets, order.drafts)
         return tickets
-
-    def _push(self, link: _Link, order: Order) -> None:
-        sent = 0
-        for batch in order.batches():
-            messages = [draft.message for draft in batch]
-            pushed, depth = link.wire.push(order.plan.envelope, messages, partial=False)
-            if pushed < len(batch):
-                if sent:
-                    link.wire.revoke([draft.id for draft in order.drafts[:sent]])
-                raise order.plan.full(len(batch), depth, link.wire.cards())
-            sent += pushed
 
     def _wait(self, plan: Plan, tickets: Sequence[ThreadTicket], timeout_s: float) -> None:
         until = time.monotonic() + timeout_s
         for ticket in tickets:
             if not ticket.wait(until - time.monotonic()):
-                raise self._timed_out(plan, timeout_s)
-
-    def _timed_out(self, plan: Plan, waited_s: float) -> CortexError:
-        link = self._link()
-        if link.replies.down is not None:
-            return link.replies.down
-        return timed_out(plan, waited_s, link.wire.depth(plan.envelope.queue), link.wire.cards())
+                raise self._link().why_late(plan, timeout_s)
 
 
 #: Who has to forget the parent's connections in a forked child.

@@ -12,10 +12,11 @@ Touches celery 5.7's ``BasePool.on_apply`` contract (``accept_callback.__self__`
 from __future__ import annotations
 
 import logging
+import os
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from itertools import count
 from typing import Any, Final
@@ -81,8 +82,7 @@ class BatchingPool(BasePool):
         self._tickets: dict[int, Ticket] = {}
         self._inbox: deque[tuple[str, Sequence[Job]]] = deque()
         self._unstored: list[tuple[Ticket, Any]] = []
-        self._hub: Any = None
-        self._scheduled = False
+        self._wake_fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self.draining = False
 
     # --------------------------------------------------------------------------- life of the pool
@@ -93,8 +93,13 @@ class BatchingPool(BasePool):
         self.app.cortex.start(self)
 
     def register_with_event_loop(self, loop: Any) -> None:
-        """Called at each (re)connection. A hub that resets may drop what was called soon, so look regularly too."""
-        self._hub = loop
+        """Called at each (re)connection.
+
+        Runners wake the hub through a descriptor of ours rather than ``call_soon``: what a callback of kombu 5.7's
+        hub calls soon itself (here: acknowledgements) would wait until the next poll ends. The timer tries again
+        to store results after Redis was away.
+        """
+        loop.add_reader(self._wake_fd, self._on_wake)
         loop.call_repeatedly(_FLUSH_RETRY_S, self._drain)
 
     def on_stop(self, patience_s: float = _STOP_PATIENCE_S) -> None:
@@ -156,6 +161,7 @@ class BatchingPool(BasePool):
         except CortexError as error:
             ticket.outcome = error
             self._complete([ticket])
+            self._wake()
             return ticket
         self.app.cortex.submit(ticket.job)
         return ticket
@@ -198,15 +204,20 @@ class BatchingPool(BasePool):
 
     def _tell(self, what: str, jobs: Sequence[Job]) -> None:
         self._inbox.append((what, jobs))
-        if self._hub is not None and not self._scheduled:
-            self._scheduled = True
-            self._hub.call_soon(self._drain)
+        self._wake()
+
+    def _wake(self) -> None:
+        os.eventfd_write(self._wake_fd, 1)
 
     # -------------------------------------------------------------------- on the hub's thread again
 
+    def _on_wake(self) -> None:
+        with suppress(BlockingIOError):
+            os.eventfd_read(self._wake_fd)
+        self._drain()
+
     def _drain(self) -> None:
         """Act on all that the runners told so far."""
-        self._scheduled = False
         finished: list[Ticket] = []
         while self._inbox and len(finished) < _TRACE_CHUNK:
             what, jobs = self._inbox.popleft()
@@ -221,9 +232,8 @@ class BatchingPool(BasePool):
         for ticket in finished:
             ticket.outcome = self._outcome(ticket.job)
         self._complete(finished)
-        if self._inbox and self._hub is not None and not self._scheduled:
-            self._scheduled = True
-            self._hub.call_soon(self._drain)
+        if self._inbox:
+            self._wake()
 
     def _outcome(self, job: Job | None) -> Any:
         assert job is not None

@@ -1,0 +1,326 @@
+"""Single inputs asked for at the same moment travel as one message, and come back as their own results.
+
+Kafka's producers linger to fill a message; this never waits. Coroutines: what is asked in one turn of the event loop
+goes together. Threads: what is asked while another thread publishes goes with the next one's. A lone call goes at
+once and alone. A bad input, a refused message, a time-out are each caller's own error.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Final, Protocol
+
+from cortex_tasks.client.core import Draft, Order, Plan
+from cortex_tasks.errors import CortexError
+from cortex_tasks.replies import Ticket
+
+__all__ = ["LoopCoalescer", "ThreadCoalescer"]
+
+#: Inputs and characters of one message: few enough that one answer does not wait long for the others, and that
+#: several messages are in flight where many callers ask.
+GROUP_INPUTS: Final = 32
+GROUP_CHARS: Final = 32_768
+
+
+class ThreadLink(Protocol):
+    """What a ``ThreadCoalescer`` needs of its client."""
+
+    def publish(self, plan: Plan, tickets: Sequence[Ticket], drafts: Sequence[Draft]) -> None: ...
+    def forget(self, tickets: Sequence[Ticket]) -> None: ...
+    def why_late(self, plan: Plan, waited_s: float) -> CortexError: ...
+
+
+class LoopLink(Protocol):
+    """What a ``LoopCoalescer`` needs of its client."""
+
+    async def publish(self, plan: Plan, tickets: Sequence[Ticket], drafts: Sequence[Draft]) -> None: ...
+    def forget(self, tickets: Sequence[Ticket]) -> None: ...
+    async def why_late(self, plan: Plan, waited_s: float) -> CortexError: ...
+
+
+class _Seat:
+    """One caller's place in a message."""
+
+    __slots__ = ("value",)
+
+    def __init__(self, value: Any) -> None:
+        self.value = value
+
+    def settle(self, outcome: Any) -> None:
+        """The caller's result, or the CortexError to raise."""
+        raise NotImplementedError
+
+
+class _ThreadSeat(_Seat):
+    __slots__ = ("_gate", "group", "outcome")
+
+    def __init__(self, value: Any) -> None:
+        super().__init__(value)
+        self.outcome: Any = None
+        #: None until a thread, this one or another, publishes it.
+        self.group: _Group | None = None
+        self._gate = threading.Lock()
+        self._gate.acquire()
+
+    def settle(self, outcome: Any) -> None:
+        if self.outcome is None:
+            self.outcome = outcome
+            self._gate.release()
+
+    def wait(self, timeout_s: float) -> bool:
+        return self._gate.acquire(timeout=min(timeout_s, threading.TIMEOUT_MAX))
+
+
+class _LoopSeat(_Seat):
+    __slots__ = ("future", "group")
+
+    def __init__(self, value: Any, future: asyncio.Future[Any]) -> None:
+        super().__init__(value)
+        self.future = future
+        #: None until it is published.
+        self.group: _Group | None = None
+
+    def settle(self, outcome: Any) -> None:
+        if self.future.done():
+            return
+        if isinstance(outcome, CortexError):
+            self.future.set_exception(outcome)
+        else:
+            self.future.set_result(outcome)
+
+
+class _Group(Ticket):
+    """The callers who share one message, and the ticket of its job."""
+
+    __slots__ = ("_on_settled", "left", "order", "seats")
+
+    def __init__(self, order: Order, seats: Sequence[_Seat], on_settled: Callable[[_Group], None]) -> None:
+        super().__init__(order.drafts[0].id)
+        self.order = order
+        self.seats = seats
+        #: Callers who have given up.
+        self.left = 0
+        self._on_settled = on_settled
+
+    def _wake(self) -> None:
+        self._on_settled(self)
+        assert self.outcome is not None
+        try:
+            items: Sequence[Any] = self.order.result([self.outcome]).items
+        except CortexError as error:
+            self.fail(error)
+            return
+        for seat, item in zip(self.seats, items, strict=True):
+            seat.settle(item)
+
+    def fail(self, error: CortexError) -> None:
+        """Each caller raises an error of its own, so that their tracebacks do not grow into one another."""
+        for seat in self.seats:
+            seat.settle(type(error)(error.message, error.details))
+
+
+class _Pending:
+    """Who waits to be published, by kind of job. Not thread-safe."""
+
+    def __init__(self) -> None:
+        self._kinds: dict[Any, tuple[Plan, list[Any]]] = {}
+
+    def add(self, plan: Plan, seat: _Seat) -> None:
+        key = (plan.envelope, plan.deadline_s, plan.timeout_s)
+        known = self._kinds.get(key)
+        if known is None:
+            self._kinds[key] = (plan, [seat])
+        else:
+            known[1].append(seat)
+
+    def take(self) -> list[tuple[Plan, list[Any]]]:
+        """Everyone, in lists that fit in a message each."""
+        kinds, self._kinds = self._kinds, {}
+        return [(plan, part) for plan, seats in kinds.values() for part in _parts(seats, plan.limits.inputs_per_job)]
+
+
+def _parts(seats: list[_Seat], inputs_per_job: int) -> Iterator[list[_Seat]]:
+    most = min(GROUP_INPUTS, inputs_per_job)
+    part: list[_Seat] = []
+    chars = 0
+    for seat in seats:
+        size = len(seat.value) if isinstance(seat.value, str) else GROUP_CHARS
+        if part and (len(part) == most or chars + size > GROUP_CHARS):
+            yield part
+            part, chars = [], 0
+        part.append(seat)
+        chars += size
+    if part:
+        yield part
+
+
+class LoopCoalescer:
+    """For the coroutines of one event loop."""
+
+    def __init__(self, link: LoopLink) -> None:
+        self._link = link
+        self._pending = _Pending()
+        self._scheduled = False
+        #: Held here until they are settled; with the task that publishes them.
+        self._riding: dict[_Group, asyncio.TimerHandle | None] = {}
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    async def ask(self, plan: Plan, value: Any) -> Any:
+        """The result of one checked input. Raises its error."""
+        loop = asyncio.get_running_loop()
+        future: asyncio.Future[Any] = loop.create_future()
+        seat = _LoopSeat(value, future)
+        self._pending.add(plan, seat)
+        if not self._scheduled:
+            self._scheduled = True
+            loop.call_soon(self._depart)
+        try:
+            return await future
+        except asyncio.CancelledError:
+            self._leave(seat)
+            raise
+
+    def _depart(self) -> None:
+        self._scheduled = False
+        task = asyncio.get_running_loop().create_task(self._publish(self._pending.take()))
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def _publish(self, parts: list[tuple[Plan, list[_LoopSeat]]]) -> None:
+        by_envelope: dict[Any, list[_Group]] = {}
+        for plan, seats in parts:
+            waiting = [seat for seat in seats if not seat.future.done()]
+            if waiting:
+                group = _Group(plan.order_checked([seat.value for seat in waiting]), waiting, self._settled)
+                for seat in waiting:
+                    seat.group = group
+                by_envelope.setdefault(plan.envelope, []).append(group)
+        for groups in by_envelope.values():
+            await self._push(groups)
+
+    async def _push(self, groups: list[_Group]) -> None:
+        loop = asyncio.get_running_loop()
+        for group in groups:
+            timeout_s = group.order.plan.timeout_s
+            timer = loop.call_later(timeout_s, self._late, group) if timeout_s < 1e9 else None
+            self._riding[group] = timer
+        try:
+            await self._link.publish(groups[0].order.plan, groups, [group.order.drafts[0] for group in groups])
+        except CortexError as error:
+            self._link.forget(groups)
+            for group in groups:
+                self._settled(group)
+                group.fail(error)
+
+    def _leave(self, seat: _LoopSeat) -> None:
+        """A caller was cancelled; with the last one goes the interest in the answer."""
+        group = seat.group
+        if group is not None:
+            group.left += 1
+            if group.left == len(group.seats):
+                self._settled(group)
+                self._link.forget([group])
+
+    def _settled(self, group: _Group) -> None:
+        timer = self._riding.pop(group, None)
+        if timer is not None:
+            timer.cancel()
+
+    def _late(self, group: _Group) -> None:
+        """The time-out of a group: say why, which takes a look at Redis."""
+        self._link.forget([group])
+        task = asyncio.get_running_loop().create_task(self._explain(group))
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def _explain(self, group: _Group) -> None:
+        plan = group.order.plan
+        try:
+            error = await self._link.why_late(plan, plan.timeout_s)
+        except CortexError as unavailable:
+            error = unavailable
+        self._riding.pop(group, None)
+        group.fail(error)
+
+    async def close(self) -> None:
+        """Nobody is left waiting: who still does gets a CancelledError."""
+        for task in list(self._tasks):
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        riding, self._riding = self._riding, {}
+        for group, timer in riding.items():
+            if timer is not None:
+                timer.cancel()
+            for seat in group.seats:
+                assert isinstance(seat, _LoopSeat)
+                seat.future.cancel()
+
+
+class ThreadCoalescer:
+    """For the threads of one process."""
+
+    def __init__(self, link: ThreadLink) -> None:
+        self._link = link
+        self._pending = _Pending()
+        self._lock = threading.Lock()
+        self._publishing = threading.Lock()
+        self._riding: set[_Group] = set()
+
+    def ask(self, plan: Plan, value: Any) -> Any:
+        """The result of one checked input. Raises its error."""
+        seat = _ThreadSeat(value)
+        with self._lock:
+            self._pending.add(plan, seat)
+        with self._publishing:
+            # Whoever publishes takes everyone who came meanwhile; those then find themselves taken.
+            if seat.group is None:
+                self._depart()
+        try:
+            if not seat.wait(plan.timeout_s):
+                raise self._link.why_late(plan, plan.timeout_s)
+        except BaseException:
+            self._leave(seat)
+            raise
+        if isinstance(seat.outcome, CortexError):
+            raise seat.outcome
+        return seat.outcome
+
+    def _depart(self) -> None:
+        with self._lock:
+            parts = self._pending.take()
+        by_envelope: dict[Any, list[_Group]] = {}
+        for plan, seats in parts:
+            group = _Group(plan.order_checked([seat.value for seat in seats]), seats, self._riding.discard)
+            for seat in seats:
+                seat.group = group
+            by_envelope.setdefault(plan.envelope, []).append(group)
+        for groups in by_envelope.values():
+            self._push(groups)
+
+    def _leave(self, seat: _ThreadSeat) -> None:
+        """A caller gives up; with the last one goes the interest in the answer."""
+        group = seat.group
+        assert group is not None
+        with self._lock:
+            group.left += 1
+            empty = group.left == len(group.seats)
+        if empty:
+            self._riding.discard(group)
+            self._link.forget([group])
+
+    def _push(self, groups: list[_Group]) -> None:
+        self._riding.update(groups)
+        try:
+            self._link.publish(groups[0].order.plan, groups, [group.order.drafts[0] for group in groups])
+        except BaseException as error:
+            self._link.forget(groups)
+            self._riding.difference_update(groups)
+            if not isinstance(error, CortexError):
+                # Ctrl-C in the thread that publishes: the others are not left waiting.
+                for group in groups:
+                    group.fail(CortexError(f"the thread that published this was interrupted: {type(error).__name__}"))
+                raise
+            for group in groups:
+                group.fail(error)

@@ -1,0 +1,163 @@
+"""Singles of one moment travel together and come back as their own."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+
+from cortex_tasks import BrokerUnavailable, InferenceFailed, InvalidInput, QueueFull, ResultTimeout, testing
+from cortex_tasks.client import coalesce
+from cortex_tasks.echo import FAIL, echo_vector
+from cortex_tasks.testing import LocalFleet
+from tests.support.worker_process import poll_until
+
+
+@pytest.fixture
+def fleet() -> Iterator[LocalFleet]:
+    with testing.fleet() as fleet:
+        yield fleet
+
+
+async def test_coroutines_of_one_turn_share_messages(fleet: LocalFleet) -> None:
+    async with fleet.aclient() as client:
+        texts = [f"text {n}" for n in range(100)]
+        results = await asyncio.gather(*(client.embed(text) for text in texts))
+    assert [len(job.inputs) for job in fleet.jobs] == [32, 32, 32, 4]
+    for text, result in zip(texts, results, strict=True):
+        assert result.vector == pytest.approx(echo_vector(text), abs=1e-6)
+
+
+async def test_a_lone_call_goes_at_once_and_alone(fleet: LocalFleet) -> None:
+    async with fleet.aclient() as client:
+        for n in range(3):
+            await client.embed(f"text {n}")
+    assert [len(job.inputs) for job in fleet.jobs] == [1, 1, 1]
+
+
+async def test_kinds_do_not_mix(fleet: LocalFleet) -> None:
+    async with fleet.aclient() as client:
+        await asyncio.gather(
+            client.embed("a"),
+            client.embed("b", normalize=False),
+            client.embed("c", lane="bulk"),
+            client.classify("d"),
+            client.embed("e"),
+            client.embed("f", deadline_s=9),
+        )
+    assert sorted([*job.inputs] for job in fleet.jobs) == [["a", "e"], ["b"], ["c"], ["d"], ["f"]]
+
+
+async def test_long_texts_do_not_pile_up_in_one_message(fleet: LocalFleet) -> None:
+    async with fleet.aclient() as client:
+        await asyncio.gather(*(client.embed(f"{n}" + "x" * 9_000) for n in range(8)))
+    assert max(sum(map(len, job.inputs)) for job in fleet.jobs) <= coalesce.GROUP_CHARS
+
+
+async def test_a_bad_input_is_its_callers_own_error(fleet: LocalFleet) -> None:
+    async with fleet.aclient() as client:
+        calls = [client.embed("fine"), client.embed(""), client.embed(FAIL), client.embed("fine too")]
+        good, empty, failed, too = await asyncio.gather(*calls, return_exceptions=True)
+    assert good.vector == pytest.approx(echo_vector("fine"), abs=1e-6)  # type: ignore[union-attr]
+    assert too.vector == pytest.approx(echo_vector("fine too"), abs=1e-6)  # type: ignore[union-attr]
+    assert isinstance(empty, InvalidInput)
+    assert isinstance(failed, InferenceFailed)
+
+
+async def test_a_cancelled_caller_leaves_the_others_their_answers(fleet: LocalFleet) -> None:
+    fleet.hold()
+    async with fleet.aclient() as client:
+        calls = [asyncio.create_task(client.embed(f"text {n}")) for n in range(3)]
+        while not fleet.jobs:
+            await asyncio.sleep(0)
+        calls[1].cancel()
+        fleet.release()
+        first, second, third = await asyncio.gather(*calls, return_exceptions=True)
+        assert isinstance(second, asyncio.CancelledError)
+        assert first.vector == pytest.approx(echo_vector("text 0"), abs=1e-6)  # type: ignore[union-attr]
+        assert third.vector == pytest.approx(echo_vector("text 2"), abs=1e-6)  # type: ignore[union-attr]
+        assert len(client._link().replies._book) == 0
+
+
+async def test_a_failed_push_fails_each_caller_with_an_error_of_its_own(fleet: LocalFleet) -> None:
+    async with fleet.aclient() as client:
+        with fleet.full_queues():
+            full = await asyncio.gather(*(client.embed(f"{n}") for n in range(3)), return_exceptions=True)
+        with fleet.broker_down():
+            down = await asyncio.gather(*(client.embed(f"{n}") for n in range(3)), return_exceptions=True)
+    assert [type(error) for error in full] == [QueueFull] * 3
+    assert [type(error) for error in down] == [BrokerUnavailable] * 3
+    assert len({id(error) for error in full}) == 3
+
+
+async def test_every_caller_times_out(fleet: LocalFleet) -> None:
+    fleet.hold()
+    async with fleet.aclient() as client:
+        calls = [client.embed(f"{n}", timeout_s=0.05) for n in range(3)]
+        errors = await asyncio.gather(*calls, return_exceptions=True)
+        assert [type(error) for error in errors] == [ResultTimeout] * 3
+        assert len(client._link().replies._book) == 0
+        assert not client._link().singles._riding
+
+
+async def test_closing_leaves_nobody_waiting(fleet: LocalFleet) -> None:
+    fleet.hold()
+    client = fleet.aclient()
+    call = asyncio.create_task(client.embed("never"))
+    while not fleet.jobs:
+        await asyncio.sleep(0)
+    await client.aclose()
+    with pytest.raises(asyncio.CancelledError):
+        await call
+
+
+def test_threads_share_the_message_that_waits_behind_a_slow_publish(
+    fleet: LocalFleet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    client = fleet.client()
+    client.embed("warm")
+    link = client._link()
+    entered, go_on, real = threading.Event(), threading.Event(), link.publish
+
+    def slow(*arguments: object) -> None:
+        entered.set()
+        assert go_on.wait(10)
+        real(*arguments)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(link, "publish", slow)
+    with ThreadPoolExecutor(21) as threads:
+        first = threads.submit(client.embed, "first")
+        assert entered.wait(10)
+        others = {f"text {n}": threads.submit(client.embed, f"text {n}") for n in range(20)}
+        pending = link.singles._pending
+        poll_until(lambda: sum(len(seats) for _, seats in pending._kinds.values()) == 20, "twenty threads in line")
+        go_on.set()
+        assert first.result(10).vector == pytest.approx(echo_vector("first"), abs=1e-6)
+        for text, future in others.items():
+            assert future.result(10).vector == pytest.approx(echo_vector(text), abs=1e-6)
+    assert [len(job.inputs) for job in fleet.jobs] == [1, 1, 20]
+
+
+def test_many_threads_never_cross(fleet: LocalFleet) -> None:
+    client = fleet.client()
+
+    def ask(thread: int) -> None:
+        for n in range(50):
+            text = f"{thread} asks {n}"
+            assert client.embed(text).vector == pytest.approx(echo_vector(text), abs=1e-6)
+
+    with ThreadPoolExecutor(16) as threads:
+        list(threads.map(ask, range(16)))
+    assert sum(len(job.inputs) for job in fleet.jobs) == 800
+
+
+def test_a_thread_that_gives_up_is_forgotten(fleet: LocalFleet) -> None:
+    fleet.hold()
+    client = fleet.client()
+    with pytest.raises(ResultTimeout):
+        client.embed("never", timeout_s=0.05)
+    assert not client._link().singles._riding
+    assert len(client._link().replies._book) == 0
