@@ -53,3 +53,15 @@ class FlakyLoadAdapter(EchoAdapter):
         if FlakyLoadAdapter._loads == 1:
             raise OSError(28, "No space left on device")
         return super().load(context)
+
+
+class GatedLoadAdapter(EchoAdapter):
+    """Echo that loads only once the file named by its option ``gate`` is gone; touches ``<gate>.entered``."""
+
+    @classmethod
+    def load(cls, context: LoadContext) -> Self:
+        gate = Path(context.options["gate"])
+        gate.with_suffix(".entered").touch()
+        while gate.exists():
+            time.sleep(0.005)
+        return cls()
