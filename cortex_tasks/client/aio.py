@@ -5,8 +5,9 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncIterable, AsyncIterator, Callable, Iterable, Sequence
+from contextlib import suppress
 from types import TracebackType
-from typing import Any, Literal, Self, Unpack, overload
+from typing import Any, Final, Literal, Self, Unpack, overload
 
 from cortex_tasks import payloads as p
 from cortex_tasks.client import options as o
@@ -16,7 +17,7 @@ from cortex_tasks.client.jobs import AsyncJob
 from cortex_tasks.client.map import Window, astream
 from cortex_tasks.client.progress import Progress
 from cortex_tasks.config import FleetConfig
-from cortex_tasks.errors import CortexError
+from cortex_tasks.errors import BrokerUnavailable, CortexError
 from cortex_tasks.inputs import is_single
 from cortex_tasks.payloads import CachePolicy, Lane
 from cortex_tasks.replies import AsyncReplies, LoopTicket, Ticket
@@ -25,6 +26,9 @@ from cortex_tasks.settings import Settings, mask_url
 from cortex_tasks.wire import AsyncRedisWire, AsyncWire
 
 __all__ = ["AsyncCortex"]
+
+#: Turns of the event loop in which an abandoned stream, or one inside another, comes to its end.
+_LEAVING_TURNS: Final = 10
 
 
 class _Link:
@@ -36,6 +40,10 @@ class _Link:
         self.core = core
         self.replies = AsyncReplies(wire, core.channel)
         self.singles = LoopCoalescer(self)
+        #: The streams under way, and the last words of those that were left early.
+        self.streams: set[object] = set()
+        self._leaving: set[asyncio.Task[None]] = set()
+        self._closed = False
 
     async def publish(self, plan: Plan, tickets: Sequence[Ticket], drafts: Sequence[Draft]) -> None:
         """Queue these jobs, all or none, and await them. Raises QueueFull, BrokerUnavailable."""
@@ -63,7 +71,26 @@ class _Link:
             return self.replies.down
         return timed_out(plan, waited_s, await self.wire.depth(plan.envelope.queue), await self.wire.cards())
 
+    async def leave(self, stream: object, unfinished: Sequence[str]) -> None:
+        """A stream has ended: tell the workers to drop its jobs. Once the client is closed, nobody is told."""
+        self.streams.discard(stream)
+        if unfinished and not self._closed:
+            # A task, for ``close`` to wait for.
+            task = asyncio.create_task(self._revoke(unfinished), name="cortex-map-leave")
+            self._leaving.add(task)
+            task.add_done_callback(self._leaving.discard)
+            await task
+
+    async def _revoke(self, job_ids: Sequence[str]) -> None:
+        with suppress(BrokerUnavailable):
+            await self.wire.revoke(job_ids)
+
     async def close(self) -> None:
+        # A stream that was left by ``break`` comes to its end a few turns of the loop later.
+        for _ in range(_LEAVING_TURNS if self.streams else 0):
+            await asyncio.sleep(0)
+        await asyncio.gather(*self._leaving)
+        self._closed = True
         await self.singles.close()
         await self.replies.close()
         await self.wire.close()

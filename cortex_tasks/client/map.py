@@ -269,6 +269,8 @@ async def astream(
     client: AsyncCortex, flow: Window[LoopTicket], inputs: Iterable[Any] | AsyncIterable[Any], progress: Progress
 ) -> AsyncIterator[Any]:
     """Drive a window with coroutines."""
+    link = client._link()
+    link.streams.add(flow)
     inlet = _Inlet(inputs, flow.chunk * flow.step)
     try:
         while flow.chunks or not flow.exhausted:
@@ -282,10 +284,9 @@ async def astream(
                     yield item
     finally:
         progress.close()
+        # First of all: the client may be closing by now.
+        await link.leave(flow, flow.unfinished())
         await inlet.close()
-        if unfinished := flow.unfinished():
-            with suppress(BrokerUnavailable):
-                await client._link().wire.revoke(unfinished)
 
 
 async def _something(client: AsyncCortex, flow: Window[LoopTicket], inlet: _Inlet) -> None:
