@@ -10,14 +10,16 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.echo_client import LIST_INPUTS, LISTS, MAP_INPUTS, jobs_of
+from tests.support.echo_client import LIST_INPUTS, LISTS, MAP_INPUTS
 from tests.support.worker_process import QUEUES_FILE, ROOT, WorkerProcess, poll_until
 
 pytestmark = pytest.mark.fleet
 
 CLIENTS = 20
 #: Texts that each client embeds one by one, from several threads.
-SINGLES = 200
+SINGLES = 120
+#: All that a client asks for.
+INPUTS = SINGLES + LISTS * LIST_INPUTS + MAP_INPUTS
 
 
 def start(url: str, name: str) -> subprocess.Popen[str]:
@@ -40,28 +42,28 @@ def run_clients(url: str) -> None:
             client.stdin.flush()
         for name, client in clients.items():
             output, _ = client.communicate(timeout=90)
-            assert json.loads(output) == {"answers": SINGLES + LISTS * LIST_INPUTS + MAP_INPUTS, "crossed": []}, name
+            assert json.loads(output) == {"answers": INPUTS, "crossed": []}, name
             assert client.returncode == 0, name
 
 
-def jobs_done(*workers: WorkerProcess) -> list[int]:
-    return [card.jobs for worker in workers if (card := worker.card()) is not None]
+def items_done(*workers: WorkerProcess) -> list[int]:
+    return [card.items for worker in workers if (card := worker.card()) is not None]
 
 
 #: One more for each client: the text with which it got ready.
-EXPECTED_JOBS = CLIENTS * (jobs_of(SINGLES) + 1)
+EXPECTED_ITEMS = CLIENTS * (1 + INPUTS)
 
 
 def test_no_answer_is_crossed(echo_worker: WorkerProcess) -> None:
-    before = sum(jobs_done(echo_worker))
+    before = sum(items_done(echo_worker))
     run_clients(echo_worker.url)
-    poll_until(lambda: sum(jobs_done(echo_worker)) == before + EXPECTED_JOBS, "each job counted once")
+    poll_until(lambda: sum(items_done(echo_worker)) == before + EXPECTED_ITEMS, "each input computed once")
 
 
 def test_nor_with_two_workers(echo_worker: WorkerProcess, tmp_path: Path) -> None:
-    before = sum(jobs_done(echo_worker))
+    before = sum(items_done(echo_worker))
     with WorkerProcess(echo_worker.url, tmp_path / "second.log") as second:
         run_clients(echo_worker.url)
         both = (echo_worker, second)
-        poll_until(lambda: sum(jobs_done(*both)) == before + EXPECTED_JOBS, "each job done by one of the workers")
-        assert jobs_done(second)[0] > EXPECTED_JOBS // 10, "the second worker had next to nothing to do"
+        poll_until(lambda: sum(items_done(*both)) == before + EXPECTED_ITEMS, "each input computed once, by either")
+        assert items_done(second)[0] > EXPECTED_ITEMS // 10, "the second worker had next to nothing to do"

@@ -23,11 +23,6 @@ MAP_INPUTS = 256
 MAP_CHUNK = 16
 
 
-def jobs_of(singles: int) -> int:
-    """How many jobs one client submits."""
-    return singles + LISTS + MAP_INPUTS // MAP_CHUNK
-
-
 def wrong(texts: Iterable[str], answers: Iterable[Embedding | CortexError]) -> list[str]:
     """The texts whose answer is not their own."""
     return [
