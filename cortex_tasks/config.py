@@ -111,6 +111,9 @@ class Section(BaseModel):
 class Batching(Section):
     """How many items may share one forward pass."""
 
+    #: Learn the best budget below ``max_padded_tokens``, at warm-up and online; models with a native backend or in
+    #: child processes use it as it is.
+    learn: bool = True
     max_items: Annotated[Count, Field(ge=1, le=4096)] = 64
     #: Items x longest item, in tokens (in points for series).
     max_padded_tokens: Annotated[Count, Field(ge=1)] = 4096

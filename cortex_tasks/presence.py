@@ -43,6 +43,8 @@ class ModelCard(_Card):
     jobs: int = 0
     items: int = 0
     batches: int = 0
+    #: Padded tokens of a full batch: learned, or as configured.
+    budget_tokens: int = 0
 
 
 class WorkerCard(_Card):

@@ -19,13 +19,14 @@ from cortex_tasks.app import make_app
 from cortex_tasks.codec import HEADER
 from cortex_tasks.config import Delivery, FleetConfig, Settings, load_fleet
 from cortex_tasks.errors import CortexError
+from workers.admission import Events
 from workers.celery_hooks.leases import LeaseKeeper
 from workers.celery_hooks.transport import register_transport
 from workers.dead_letters import DeadLetters
 from workers.health import Health
 from workers.registry import Registry
 from workers.resources import device, threads_for
-from workers.runner import Events, Runner
+from workers.runner import Runner
 from workers.runtime import Job, answer, run_alone
 from workers.tasks import register_tasks, to_job
 

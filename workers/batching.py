@@ -18,15 +18,22 @@ from dataclasses import dataclass, field
 from itertools import count
 from typing import Final, Generic, NamedTuple, TypeVar
 
-from cortex_tasks.config import Batching
 from cortex_tasks.payloads import Lane
 
-__all__ = ["INTERACTIVE_STREAK", "Batch", "Batcher", "Group", "Waiting"]
+__all__ = ["INTERACTIVE_STREAK", "Batch", "Batcher", "Budget", "Group", "Waiting"]
 
 T = TypeVar("T")
 
 #: Interactive batches in a row after which a waiting bulk batch gets its turn.
 INTERACTIVE_STREAK: Final = 8
+
+
+class Budget(NamedTuple):
+    """What one forward pass of a model may hold."""
+
+    max_items: int
+    #: Items x longest item.
+    max_padded_tokens: int
 
 
 class Group(NamedTuple):
@@ -59,6 +66,7 @@ class Batch(Generic[T]):
 
     group: Group
     items: list[Waiting[T]]
+    budget: Budget
 
     @property
     def padded_tokens(self) -> int:
@@ -88,8 +96,8 @@ class Batcher(Generic[T]):
             insort(self._by_length[item.group, item.lane], (item.cost_tokens, item._seq, item))
         self._size += 1
 
-    def take(self, budget: Callable[[str], Batching]) -> Batch[T] | None:
-        """The next batch, or None when nothing waits. ``budget`` gives a model's batching limits."""
+    def take(self, budget: Callable[[str], Budget]) -> Batch[T] | None:
+        """The next batch, or None when nothing waits. ``budget`` gives a model's limits."""
         lane = self._next_lane()
         if lane is None:
             return None
@@ -99,7 +107,7 @@ class Batcher(Generic[T]):
         for item in chosen:
             item._taken = True
         self._size -= len(chosen)
-        return Batch(head.group, chosen)
+        return Batch(head.group, chosen, limit)
 
     def _next_lane(self) -> Lane | None:
         interactive, bulk = (self._surface(lane) for lane in ("interactive", "bulk"))
@@ -117,7 +125,7 @@ class Batcher(Generic[T]):
             heapq.heappop(heap)
         return bool(heap)
 
-    def _fill(self, head: Waiting[T], limit: Batching) -> list[Waiting[T]]:
+    def _fill(self, head: Waiting[T], limit: Budget) -> list[Waiting[T]]:
         """The head and its nearest neighbours by length, within the limits; the head always goes."""
         key = (head.group, head.lane)
         line = self._by_length[key]

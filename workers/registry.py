@@ -15,6 +15,8 @@ from cortex_tasks.config import FleetConfig, ModelConfig
 from cortex_tasks.errors import CortexError, ModelUnavailable, UnknownModel
 from cortex_tasks.presence import ModelCard
 from workers.adapters import Adapter, LoadContext, adapter_class
+from workers.batching import Budget
+from workers.budget import BudgetLearner
 from workers.store.sources import Snapshot, resolve
 
 __all__ = ["RETRY_LOAD_S", "Model", "Registry", "revision_of"]
@@ -24,6 +26,9 @@ logger = logging.getLogger(__name__)
 #: A load that failed is tried again by the next job after this long; sooner when the cause may pass by itself.
 RETRY_LOAD_S: Final = 30.0
 RETRY_TRANSIENT_S: Final = 1.0
+
+#: Time that a load may spend on measuring budgets.
+_CALIBRATE_S: Final = 1.0
 
 State = Literal["idle", "loading", "ready", "unavailable"]
 
@@ -45,6 +50,15 @@ class Model:
     jobs: int = 0
     items: int = 0
     batches: int = 0
+    #: Learns the best budget, where that is asked for and means something.
+    learner: BudgetLearner | None = None
+
+    @property
+    def budget(self) -> Budget:
+        """What the next forward pass may hold."""
+        batching = self.config.batching
+        tokens = self.learner.next_tokens() if self.learner else batching.max_padded_tokens
+        return Budget(batching.max_items, tokens)
 
     @property
     def loaded(self) -> Adapter:
@@ -69,6 +83,7 @@ class Model:
             jobs=self.jobs,
             items=self.items,
             batches=self.batches,
+            budget_tokens=self.learner.best_tokens if self.learner else self.config.batching.max_padded_tokens,
         )
 
 
@@ -97,6 +112,7 @@ class Registry:
         children = sum(model.config.children for model in self.models.values())
         #: Each child's share of the memory that queues.yaml gives to child processes.
         self._child_bytes = fleet.memory_config.process_pool // max(children, 1)
+        self._buffer_bytes = fleet.memory_config.inference_buffer
         self._threads = threads
         self._device = device
         self._models_dir = models_dir
@@ -173,7 +189,30 @@ class Registry:
         model.adapter = adapter
         model.revision = revision_of(config, adapter, snapshot.digest)
         model.reason = adapter.note or missing
+        model.learner = self._learner(config, adapter)
         model.load_ms, model.warm_ms = (loaded - started) * 1e3, (self._clock() - loaded) * 1e3
+
+    def _learner(self, config: ModelConfig, adapter: Adapter) -> BudgetLearner | None:
+        """A learner that has seen the model run, for models whose cost grows with tokens."""
+        ceiling = config.batching.max_padded_tokens
+        if adapter.token_bytes:
+            ceiling = max(1, min(ceiling, self._buffer_bytes // adapter.token_bytes))
+        if not config.batching.learn or config.children or config.backend == "native":
+            return None
+        learner = BudgetLearner(ceiling)
+        task = config.tasks[0]
+        inputs, params = adapter.example(task)
+        items = [item for item in adapter.prepare(task, inputs, params) if not isinstance(item, CortexError)]
+        longest = max(items, key=lambda item: item.cost_tokens)
+
+        def run(tokens: int) -> float:
+            batch = [longest] * min(config.batching.max_items, max(1, tokens // longest.cost_tokens))
+            started_s = self._clock()
+            adapter.forward(task, batch, params)
+            return len(batch) * longest.cost_tokens / max(self._clock() - started_s, 1e-9)
+
+        learner.calibrate(run, _CALIBRATE_S, self._clock)
+        return learner
 
     def _host(self, config: ModelConfig, context: LoadContext) -> Adapter:
         from workers.children import ChildHost

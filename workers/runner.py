@@ -1,8 +1,9 @@
-"""The thread that runs models: takes jobs, prepares them, batches their items, forwards, settles.
+"""The thread that runs models: takes batches from the line, forwards, settles.
 
-One runner serves every model that computes in the worker's own process (so that forward passes never compete
-for the same cores); each model hosted in children has a runner of its own. Loading happens on a thread of its
-own, so that a model that loads does not hold up the others' batches.
+One runner serves every model that computes in the worker's own process (so that forward passes never compete for
+the same cores); each model hosted in children has a runner of its own. While a long pass runs, the runner's preparer
+admits what arrives, so that the next batch is ready when the pass ends; an idle runner admits by itself, which spares
+a short pass the hand-over.
 """
 
 from __future__ import annotations
@@ -10,49 +11,22 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections import defaultdict
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any, Protocol
+from collections.abc import Sequence
+from typing import Final
 
-from cortex_tasks.config import Batching
-from cortex_tasks.errors import CortexError, InferenceFailed
+from cortex_tasks.errors import CortexError
 from workers.adapters import Item
-from workers.batching import Batch, Batcher, Group, Waiting
+from workers.admission import Admission, Events, Slot, fail_inside
+from workers.batching import Batch
 from workers.registry import Model, Registry
 from workers.runtime import Job, forward_isolating
 
-__all__ = ["Events", "Runner"]
+__all__ = ["Runner"]
 
 logger = logging.getLogger(__name__)
 
-
-class Events(Protocol):
-    """What a runner tells its owner, on the runner's own thread."""
-
-    def started(self, jobs: Sequence[Job]) -> None:
-        """These jobs' first items go into a forward pass now."""
-
-    def finished(self, jobs: Sequence[Job]) -> None:
-        """These jobs are settled or have failed as a whole."""
-
-    def dropped(self, jobs: Sequence[Job]) -> None:
-        """These jobs were cancelled or expired before they cost anything."""
-
-    def unwanted(self, job: Job) -> bool:
-        """Whether a job that has not started should be dropped (revoked, past its deadline)."""
-
-    def may_run(self, job: Job) -> CortexError | None:
-        """Asked before a suspect runs, alone: None, or the error it fails with (too many attempts)."""
-
-
-@dataclass(frozen=True, slots=True)
-class _Slot:
-    """One item's place: its job and index, and the prepared item (None for a suspect, prepared when it runs)."""
-
-    job: Job
-    index: int
-    item: Item | None
+#: Passes that usually take longer than this are worth a hand-over to the preparer.
+_LONG_PASS_S: Final = 0.005
 
 
 class Runner(threading.Thread):
@@ -62,11 +36,14 @@ class Runner(threading.Thread):
         super().__init__(name=f"runner-{name}", daemon=True)
         self._registry = registry
         self._events = events
-        self._wake = threading.Condition()
-        self._incoming: list[Job] = []
-        self._parked: dict[str, list[Job]] = defaultdict(list)
-        self._batcher: Batcher[_Slot] = Batcher()
+        self._admission = Admission(registry, events, self._notify)
+        lock = threading.RLock()
+        self._changed = threading.Condition(lock)
+        #: The preparer waits here: for work that comes while a long pass runs.
+        self._while_busy = threading.Condition(lock)
+        self._preparer = threading.Thread(target=self._prepare, name=f"preparer-{name}", daemon=True)
         self._stopping = False
+        self._usual_pass_s = 0.0
         #: Monotonic seconds since when a forward pass has been running; None between passes.
         self.busy_since_s: float | None = None
         self.busy_model: str = ""
@@ -75,189 +52,110 @@ class Runner(threading.Thread):
 
     def submit(self, job: Job) -> None:
         """Take a job. Never blocks on a model."""
-        with self._wake:
-            self._incoming.append(job)
-            self._wake.notify()
+        self._admission.put(job)
+        self._notify()
 
     def stop(self) -> None:
         """Finish what has started, drop the rest, end the thread. Returns at once; ``join`` to wait."""
-        with self._wake:
+        with self._changed:
             self._stopping = True
-            self._wake.notify()
+            self._changed.notify()
+            self._while_busy.notify()
 
-    # ---------------------------------------------------------------------------- on this thread
+    def _notify(self) -> None:
+        with self._changed:
+            if self._in_long_pass():
+                self._while_busy.notify()
+            else:
+                self._changed.notify()
+
+    def _in_long_pass(self) -> bool:
+        return self.busy_since_s is not None and self._usual_pass_s > _LONG_PASS_S
+
+    # -------------------------------------------------------------------------- on its own threads
 
     def run(self) -> None:
+        self._preparer.start()
         while True:
-            with self._wake:
-                while not (self._incoming or len(self._batcher) or self._stopping):
-                    self._wake.wait()
-                incoming, self._incoming = self._incoming, []
+            with self._changed:
+                self._changed.wait_for(lambda: self._admission.has_work or self._stopping)
                 stopping = self._stopping
             if stopping:
-                self._drain(incoming)
+                self._preparer.join()
+                self._drain()
                 return
-            if incoming:
-                self._guard(self._admit, incoming, incoming)
-            batch = self._batcher.take(self._budget)
+            if self._admission.has_incoming:
+                self._admission.admit()
+            batch = self._admission.take()
             if batch is not None:
-                self._guard(self._run_batch, batch, [waiting.payload.job for waiting in batch.items])
+                self._run_guarded(batch)
 
-    def _guard(self, stage: Callable[[Any], None], work: Any, jobs: Sequence[Job]) -> None:
-        """A defect in a stage must neither end the thread nor leave its jobs without an answer."""
-        try:
-            stage(work)
-        except Exception as error:
-            logger.exception("%s: %s failed", self.name, stage.__name__)
-            broken = [job for job in jobs if job.open_items > 0 and job.failure is None]
-            for job in broken:
-                job.failure = InferenceFailed(f"the worker failed inside: {type(error).__name__}: {error}")
-            self._events.finished(broken)
+    def _prepare(self) -> None:
+        """The preparer: admit what arrives while a long pass runs."""
+        while True:
+            with self._changed:
+                self._while_busy.wait_for(
+                    lambda: self._stopping or (self._in_long_pass() and self._admission.has_incoming)
+                )
+                if self._stopping:
+                    return
+            self._admission.admit()
 
-    def _drain(self, incoming: list[Job]) -> None:
+    def _drain(self) -> None:
         """On a stop: jobs that have started are finished, the others are dropped (given back to the queue)."""
-        idle: dict[str, Job] = {job.id: job for job in incoming}
-        idle.update((job.id, job) for jobs in self._parked.values() for job in jobs)
-        while (batch := self._batcher.take(self._budget)) is not None:
-            started = [slot for slot in batch.items if slot.payload.job.started]
-            idle.update((slot.payload.job.id, slot.payload.job) for slot in batch.items if slot not in started)
+        idle = dict.fromkeys(self._admission.clear())
+        while (batch := self._admission.take()) is not None:
+            started = [waiting for waiting in batch.items if waiting.payload.job.started]
+            idle.update(dict.fromkeys(w.payload.job for w in batch.items if not w.payload.job.started))
             if started:
-                self._run_batch(Batch(batch.group, started))
+                self._run_guarded(Batch(batch.group, started, batch.budget))
         if idle:
-            self._events.dropped(list(idle.values()))
+            self._events.dropped(list(idle))
 
-    def _budget(self, alias: str) -> Batching:
-        return self._registry.model(alias).config.batching
-
-    # ------------------------------------------------------------------------------- admission
-
-    def _admit(self, jobs: list[Job]) -> None:
-        """Split jobs by what can be done with them now: drop, fail, park until loaded, or prepare."""
-        unwanted = [job for job in jobs if self._events.unwanted(job)]
-        if unwanted:
-            self._events.dropped(unwanted)
-        groups: dict[Group, list[Job]] = defaultdict(list)
-        for job in jobs:
-            if job in unwanted:
-                continue
-            if job.open_items == 0:
-                self._finish([job])
-                continue
-            model = self._registry.model(job.model)
-            if model.state == "ready":
-                groups[job.group].append(job)
-            else:
-                self._park(model, job)
-        for group, members in groups.items():
-            self._prepare(group, members)
-
-    def _park(self, model: Model, job: Job) -> None:
-        """Keep a job until its model is loaded; start the load unless it runs or failed a moment ago."""
-        if model.state != "loading" and not self._registry.may_load(model):
-            job.failure = model.error
-            self._events.finished([job])
-            return
-        self._parked[model.alias].append(job)
-        if model.state != "loading":
-            model.state = "loading"
-            threading.Thread(target=self._load, args=(model.alias,), name=f"load-{model.alias}", daemon=True).start()
-
-    def _load(self, alias: str) -> None:
-        """On the loading thread: load, then hand the parked jobs back to the runner."""
+    def _run_guarded(self, batch: Batch[Slot]) -> None:
+        """A defect here must neither end the thread nor leave a job without an answer."""
         try:
-            self._registry.load(alias)
-        except CortexError:
-            logger.debug("load of %s failed; its jobs get the reason", alias)
-        with self._wake:
-            self._incoming.extend(self._parked.pop(alias, []))
-            self._wake.notify()
-
-    def _prepare(self, group: Group, jobs: list[Job]) -> None:
-        """Prepare the inputs of jobs of one group in one call and put their items in line."""
-        plain = [job for job in jobs if not job.suspect]
-        for job in jobs:
-            if job.suspect:
-                self._line_up_suspect(job)
-        if not plain:
-            return
-        adapter = self._registry.model(group.model).loaded
-        given = [job.good_inputs() for job in plain]
-        inputs = [value for pairs in given for _, value in pairs]
-        started = time.perf_counter()
-        try:
-            prepared = adapter.prepare(group.task, inputs, plain[0].params)
-            if len(prepared) != len(inputs):
-                raise RuntimeError(f"prepare returned {len(prepared)} items for {len(inputs)} inputs")
-        except Exception:
-            logger.exception("%s could not prepare %d inputs together; one by one", group.model, len(inputs))
-            for job in plain:
-                self._line_up_suspect(job)
-            return
-        prepare_ms = (time.perf_counter() - started) * 1e3
-        place = iter(prepared)
-        for job, pairs in zip(plain, given, strict=True):
-            job.watch.prepare_ms = prepare_ms
-            self._line_up(job, [(index, next(place)) for index, _ in pairs])
-
-    def _line_up(self, job: Job, prepared: list[tuple[int, Item | CortexError]]) -> None:
-        done = False
-        for index, item in prepared:
-            if isinstance(item, CortexError):
-                done = job.settle(index, item)
-            else:
-                slot = _Slot(job, index, item)
-                self._batcher.add(Waiting(slot, job.group, item.cost_tokens, job.lane, job.deadline_s))
-        if done:
-            self._finish([job])
-
-    def _line_up_suspect(self, job: Job) -> None:
-        """A job that may have killed a worker: each item runs by itself, prepared only then."""
-        for index, _ in job.good_inputs():
-            slot = _Slot(job, index, None)
-            self._batcher.add(Waiting(slot, job.group, 1, job.lane, job.deadline_s, alone=True))
+            self._run(batch)
+        except Exception as error:
+            logger.exception("a batch of %s failed", batch.group.model)
+            fail_inside([waiting.payload.job for waiting in batch.items], error, self._events)
 
     # ------------------------------------------------------------------------------ a batch runs
 
-    def _run_batch(self, batch: Batch[_Slot]) -> None:
+    def _run(self, batch: Batch[Slot]) -> None:
         slots = self._wanted(batch)
         if not slots:
             return
         model = self._registry.model(batch.group.model)
         self._start(slots)
         self.busy_model, self.busy_since_s = model.alias, time.monotonic()
+        started_s = time.perf_counter()
         try:
-            outcomes, forward_ms = self._forward(model, batch.group, slots)
+            outcomes = self._forward(model, batch, slots)
         finally:
             self.busy_since_s = None
-        done: list[Job] = []
-        counted: set[str] = set()
-        for slot, outcome in zip(slots, outcomes, strict=True):
-            job = slot.job
-            if job.id not in counted:
-                counted.add(job.id)
-                job.watch.forward_ms += forward_ms
-                job.watch.batch_items = max(job.watch.batch_items, len(slots))
-            if job.settle(slot.index, outcome):
-                done.append(job)
+        pass_s = time.perf_counter() - started_s
+        self._usual_pass_s += 0.2 * (pass_s - self._usual_pass_s)
+        if model.learner is not None and len(slots) == len(batch.items):
+            tokens = sum(waiting.cost_tokens for waiting in batch.items)
+            model.learner.observe(batch.budget.max_padded_tokens, batch.padded_tokens, tokens, pass_s)
         model.batches += 1
         model.items += len(slots)
-        self._finish(done)
+        self._settle(model, slots, outcomes, pass_s * 1e3)
 
-    def _wanted(self, batch: Batch[_Slot]) -> list[_Slot]:
+    def _wanted(self, batch: Batch[Slot]) -> list[Slot]:
         """The batch less the items of jobs that were cancelled, expired or may not run any more."""
         slots = [waiting.payload for waiting in batch.items]
-        verdicts: dict[str, bool] = {}
-        for job in {slot.job.id: slot.job for slot in slots}.values():
-            verdicts[job.id] = self._may_start(job)
-        return [slot for slot in slots if verdicts[slot.job.id]]
+        may_start = {job: self._may_start(job) for job in _jobs_of(slots)}
+        return [slot for slot in slots if may_start[slot.job]]
 
     def _may_start(self, job: Job) -> bool:
-        if job.failure is not None or job.open_items < 0:
+        if job.failure is not None or job.given_up:
             return False
         if job.started:
             return True
         if self._events.unwanted(job):
-            job.open_items = -1  # its other items are passed over as well
+            job.given_up = True  # its other items are passed over as well
             self._events.dropped([job])
             return False
         if job.suspect and (refusal := self._events.may_run(job)) is not None:
@@ -266,9 +164,9 @@ class Runner(threading.Thread):
             return False
         return True
 
-    def _start(self, slots: list[_Slot]) -> None:
+    def _start(self, slots: list[Slot]) -> None:
         now_s = time.time()
-        fresh = [job for job in {slot.job.id: slot.job for slot in slots}.values() if not job.started]
+        fresh = [job for job in _jobs_of(slots) if not job.started]
         for job in fresh:
             job.started = True
             if job.sent_at_s is not None:
@@ -276,24 +174,30 @@ class Runner(threading.Thread):
         if fresh:
             self._events.started(fresh)
 
-    def _forward(self, model: Model, group: Group, slots: list[_Slot]) -> tuple[list[object], float]:
-        """One outcome a slot, and the time of the pass in milliseconds."""
-        adapter, params = model.loaded, slots[0].job.params
-        started = time.perf_counter()
+    def _forward(self, model: Model, batch: Batch[Slot], slots: list[Slot]) -> list[object]:
+        """One outcome a slot."""
+        adapter, task, params = model.loaded, batch.group.task, slots[0].job.params
         items: list[Item] = []
         for slot in slots:
             item = slot.item
             if item is None:
-                prepared = adapter.prepare(group.task, [slot.job.inputs[slot.index]], params)[0]
+                prepared = adapter.prepare(task, [slot.job.inputs[slot.index]], params)[0]
                 if isinstance(prepared, CortexError):
-                    return [prepared], 0.0
+                    return [prepared]
                 item = prepared
             items.append(item)
-        outcomes = forward_isolating(adapter, group.task, items, params)
-        return outcomes, (time.perf_counter() - started) * 1e3
+        return forward_isolating(adapter, task, items, params)
 
-    def _finish(self, jobs: list[Job]) -> None:
-        for job in jobs:
-            self._registry.model(job.model).jobs += 1
-        if jobs:
-            self._events.finished(jobs)
+    def _settle(self, model: Model, slots: list[Slot], outcomes: list[object], forward_ms: float) -> None:
+        for job in _jobs_of(slots):
+            job.watch.forward_ms += forward_ms
+            job.watch.batch_items = max(job.watch.batch_items, len(slots))
+        done = [slot.job for slot, out in zip(slots, outcomes, strict=True) if slot.job.settle(slot.index, out)]
+        if done:
+            model.jobs += len(done)
+            self._events.finished(done)
+
+
+def _jobs_of(slots: Sequence[Slot]) -> list[Job]:
+    """The jobs of these slots, each once."""
+    return list(dict.fromkeys(slot.job for slot in slots))

@@ -65,6 +65,8 @@ class Job:
     outcomes: list[Any] = field(init=False)
     open_items: int = field(init=False)
     started: bool = False
+    #: Dropped before it started: its items are passed over.
+    given_up: bool = False
     watch: Stopwatch = field(default_factory=Stopwatch)
     #: The whole job failed (its model cannot be had).
     failure: CortexError | None = None

@@ -58,7 +58,8 @@ class InferenceTask(Task):
             raise self.retry(exc=outcome, **shown)
         if isinstance(outcome, BaseException):
             raise outcome
-        return outcome
+        # An eager result is not stored, so nothing encodes it: give what ``get`` of a stored one gives.
+        return outcome.__json__() if self.request.is_eager else outcome
 
 
 def register_tasks(app: Celery, base: type[Task] = InferenceTask) -> None:

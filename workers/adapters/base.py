@@ -53,7 +53,7 @@ class Item:
 
 
 class Adapter(ABC):
-    """A loaded model. Instances are used by one thread at a time for ``forward``."""
+    """A loaded model. One thread at a time calls ``forward``; another may call ``prepare`` meanwhile."""
 
     #: Bump when a change here changes answers: it is part of the model's revision.
     version: ClassVar[str] = "1"
@@ -71,6 +71,12 @@ class Adapter(ABC):
     @abstractmethod
     def size_bytes(self) -> int:
         """Memory the loaded model takes, in bytes."""
+
+    @property
+    def token_bytes(self) -> int:
+        """Working memory of a forward pass per padded token, in bytes, so that a batch keeps within
+        ``inference_buffer``; 0 when it is not known."""
+        return 0
 
     @property
     def library(self) -> str:

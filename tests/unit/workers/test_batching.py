@@ -5,18 +5,17 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cortex_tasks.config import Batching
-from workers.batching import INTERACTIVE_STREAK, Batcher, Group, Waiting
+from workers.batching import INTERACTIVE_STREAK, Batcher, Budget, Group, Waiting
 
 EMBED = Group("minilm", "embed", "{}")
 OTHER = Group("minilm", "embed", '{"normalize":false}')
 
 
-def limits(items: int = 64, padded: int = 10_000) -> Batching:
-    return Batching(max_items=items, max_padded_tokens=padded)
+def limits(items: int = 64, padded: int = 10_000) -> Budget:
+    return Budget(items, padded)
 
 
-def drain(batcher: Batcher[int], limit: Batching) -> list[list[int]]:
+def drain(batcher: Batcher[int], limit: Budget) -> list[list[int]]:
     batches = []
     while (batch := batcher.take(lambda _: limit)) is not None:
         batches.append([waiting.payload for waiting in batch.items])

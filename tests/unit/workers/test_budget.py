@@ -1,0 +1,101 @@
+"""The budget that is learned: finds the hump, keeps to the ceiling, follows a change, ignores what says nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from workers.budget import BudgetLearner, candidates
+
+
+def machine(peak_tokens: int, overhead_s: float = 0.002) -> Callable[[int], float]:
+    """Tokens a second by size of batch: an overhead a pass, and a slow-down beyond the peak."""
+
+    def rate(tokens: int) -> float:
+        seconds = overhead_s + tokens / 7_000 * max(1.0, (tokens / peak_tokens) ** 0.3)
+        return tokens / seconds
+
+    return rate
+
+
+def run(learner: BudgetLearner, rate: Callable[[int], float], batches: int) -> list[int]:
+    used = []
+    for _ in range(batches):
+        budget = learner.next_tokens()
+        used.append(budget)
+        learner.observe(budget, budget, budget, budget / rate(budget))
+    return used
+
+
+def test_candidates_end_with_the_ceiling() -> None:
+    assert candidates(1_000) == [128, 256, 512, 1_000]
+    assert candidates(100) == [100]
+
+
+@pytest.mark.parametrize("peak", [512, 1_024, 2_048])
+def test_warm_up_finds_the_hump(peak: int) -> None:
+    learner = BudgetLearner(16_384)
+    rate = machine(peak)
+    learner.calibrate(rate, budget_s=60, clock=lambda: 0.0)
+    best = max(rate(step) for step in candidates(16_384))
+    assert rate(learner.best_tokens) >= best / 1.03
+    assert learner.best_tokens <= 2 * peak
+
+
+def test_of_equals_the_smallest_wins() -> None:
+    learner = BudgetLearner(8_192)
+    learner.calibrate(lambda _: 1_000.0, budget_s=60, clock=lambda: 0.0)
+    assert learner.best_tokens == 128
+
+
+def test_warm_up_keeps_to_its_time() -> None:
+    now = 0.0
+
+    def run_slowly(tokens: int) -> float:
+        nonlocal now
+        now += 1.0
+        return float(tokens)
+
+    BudgetLearner(2**20).calibrate(run_slowly, budget_s=2.5, clock=lambda: now)
+    assert now == 3.0
+
+
+def test_without_warm_up_it_learns_online_from_the_ceiling_down() -> None:
+    learner = BudgetLearner(8_192)
+    run(learner, machine(1_024), 2_000)
+    assert learner.best_tokens in (512, 1_024, 2_048)
+
+
+def test_it_follows_a_machine_that_changes() -> None:
+    learner = BudgetLearner(8_192)
+    learner.calibrate(machine(512), budget_s=60, clock=lambda: 0.0)
+    before = learner.best_tokens
+    run(learner, machine(8_192, overhead_s=0.2), 4_000)
+    assert learner.best_tokens > before
+
+
+def test_most_batches_use_the_best_budget() -> None:
+    learner = BudgetLearner(8_192)
+    learner.calibrate(machine(1_024), budget_s=60, clock=lambda: 0.0)
+    used = run(learner, machine(1_024), 320)
+    assert used.count(learner.best_tokens) >= 0.9 * len(used)
+
+
+def test_a_batch_that_found_no_more_items_says_nothing() -> None:
+    learner = BudgetLearner(8_192)
+    for _ in range(100):
+        learner.observe(learner.next_tokens(), 10, 10, 1e-9)
+    assert learner.rates() == {}
+
+
+@given(st.integers(1, 50_000), st.lists(st.tuples(st.floats(0, 10), st.floats(0, 1)), max_size=200))
+def test_never_over_the_ceiling(ceiling: int, batches: list[tuple[float, float]]) -> None:
+    learner = BudgetLearner(ceiling)
+    for seconds, fill in batches:
+        budget = learner.next_tokens()
+        assert 0 < budget <= ceiling
+        learner.observe(budget, int(budget * fill), int(budget * fill), seconds)
+        assert 0 < learner.best_tokens <= ceiling

@@ -1,0 +1,217 @@
+"""From a job's arrival to its items' places in line: dropped, failed, parked until its model is loaded, or prepared.
+
+Two threads may admit (the runner between passes, its preparer while a pass runs) and one takes batches; locks keep
+them apart.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from cortex_tasks.errors import CortexError, InferenceFailed
+from workers.adapters import Item
+from workers.batching import Batch, Batcher, Budget, Group, Waiting
+from workers.registry import Model, Registry
+from workers.runtime import Job
+
+__all__ = ["Admission", "Events", "Slot"]
+
+logger = logging.getLogger(__name__)
+
+
+class Events(Protocol):
+    """What the owner of a runner is told and asked, on the runner's threads."""
+
+    def started(self, jobs: Sequence[Job]) -> None:
+        """These jobs' first items go into a forward pass now."""
+
+    def finished(self, jobs: Sequence[Job]) -> None:
+        """These jobs are settled or have failed as a whole."""
+
+    def dropped(self, jobs: Sequence[Job]) -> None:
+        """These jobs were cancelled or expired before they cost anything."""
+
+    def unwanted(self, job: Job) -> bool:
+        """Whether a job that has not started should be dropped (revoked, past its deadline)."""
+
+    def may_run(self, job: Job) -> CortexError | None:
+        """Asked before a suspect runs, alone: None, or the error it fails with (too many attempts)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Slot:
+    """One item's place: its job and index, and the prepared item (None for a suspect, prepared when it runs)."""
+
+    job: Job
+    index: int
+    item: Item | None
+
+
+class Admission:
+    """The jobs of one runner that are not running. ``wake`` is called when there is new work from another thread."""
+
+    def __init__(self, registry: Registry, events: Events, wake: Callable[[], None]) -> None:
+        self._registry = registry
+        self._events = events
+        self._wake = wake
+        self._incoming: list[Job] = []
+        self._parked: dict[str, list[Job]] = defaultdict(list)
+        self._line: Batcher[Slot] = Batcher()
+        #: Guards the two lists above; held for moments.
+        self._lists = threading.Lock()
+        #: Guards the line.
+        self._line_lock = threading.Lock()
+        #: Held while jobs are prepared, so that they enter the line in order.
+        self._admitting = threading.Lock()
+
+    # ------------------------------------------------------------------------------- in and out
+
+    def put(self, job: Job) -> None:
+        with self._lists:
+            self._incoming.append(job)
+
+    @property
+    def has_incoming(self) -> bool:
+        return bool(self._incoming)
+
+    @property
+    def has_work(self) -> bool:
+        return bool(self._incoming) or len(self._line) > 0
+
+    def take(self) -> Batch[Slot] | None:
+        """The next batch; None when nothing is in line."""
+        with self._line_lock:
+            return self._line.take(self._budget)
+
+    def clear(self) -> list[Job]:
+        """Everyone who is not in line yet, taken out: for a stop."""
+        with self._admitting, self._lists:
+            jobs = [*self._incoming, *(job for parked in self._parked.values() for job in parked)]
+            self._incoming = []
+            self._parked.clear()
+            return jobs
+
+    def _budget(self, alias: str) -> Budget:
+        return self._registry.model(alias).budget
+
+    # ------------------------------------------------------------------------------- admission
+
+    def admit(self) -> None:
+        """Deal with every job that came in. A defect here leaves no job without an answer."""
+        with self._admitting:
+            with self._lists:
+                jobs, self._incoming = self._incoming, []
+            try:
+                self._admit(jobs)
+            except Exception as error:
+                logger.exception("jobs could not be admitted")
+                fail_inside([job for job in jobs if not self._is_parked(job)], error, self._events)
+
+    def _admit(self, jobs: list[Job]) -> None:
+        unwanted = [job for job in jobs if self._events.unwanted(job)]
+        if unwanted:
+            self._events.dropped(unwanted)
+        groups: dict[Group, list[Job]] = defaultdict(list)
+        for job in jobs:
+            if job in unwanted:
+                continue
+            model = self._registry.model(job.model)
+            if job.open_items == 0:
+                self._finish(job)
+            elif model.state == "ready":
+                groups[job.group].append(job)
+            else:
+                self._park(model, job)
+        for group, members in groups.items():
+            self._prepare(group, members)
+
+    def _finish(self, job: Job) -> None:
+        self._registry.model(job.model).jobs += 1
+        self._events.finished([job])
+
+    def _is_parked(self, job: Job) -> bool:
+        with self._lists:
+            return job in self._parked.get(job.model, ())
+
+    def _park(self, model: Model, job: Job) -> None:
+        """Keep a job until its model is loaded; start the load unless it runs or failed a moment ago."""
+        if model.state != "loading" and not self._registry.may_load(model):
+            job.failure = model.error
+            self._finish(job)
+            return
+        with self._lists:
+            self._parked[model.alias].append(job)
+        if model.state != "loading":
+            model.state = "loading"
+            threading.Thread(target=self._load, args=(model.alias,), name=f"load-{model.alias}", daemon=True).start()
+
+    def _load(self, alias: str) -> None:
+        """On the loading thread: load, then let the parked jobs come in again."""
+        try:
+            self._registry.load(alias)
+        except CortexError:
+            logger.debug("load of %s failed; its jobs get the reason", alias)
+        with self._lists:
+            self._incoming.extend(self._parked.pop(alias, []))
+        self._wake()
+
+    # ------------------------------------------------------------------------------ preparation
+
+    def _prepare(self, group: Group, jobs: list[Job]) -> None:
+        """Prepare the inputs of jobs of one group in one call and put their items in line."""
+        plain = [job for job in jobs if not job.suspect]
+        for job in jobs:
+            if job.suspect:
+                self._line_up_alone(job)
+        if not plain:
+            return
+        adapter = self._registry.model(group.model).loaded
+        given = [job.good_inputs() for job in plain]
+        inputs = [value for pairs in given for _, value in pairs]
+        started = time.perf_counter()
+        try:
+            prepared = adapter.prepare(group.task, inputs, plain[0].params)
+            if len(prepared) != len(inputs):
+                raise RuntimeError(f"prepare returned {len(prepared)} items for {len(inputs)} inputs")
+        except Exception:
+            logger.exception("%s could not prepare %d inputs together; one by one", group.model, len(inputs))
+            for job in plain:
+                self._line_up_alone(job)
+            return
+        prepare_ms = (time.perf_counter() - started) * 1e3
+        place = iter(prepared)
+        for job, pairs in zip(plain, given, strict=True):
+            job.watch.prepare_ms = prepare_ms
+            self._line_up(job, [(index, next(place)) for index, _ in pairs])
+
+    def _line_up(self, job: Job, prepared: list[tuple[int, Item | CortexError]]) -> None:
+        refused = [(index, item) for index, item in prepared if isinstance(item, CortexError)]
+        done = [job.settle(index, error) for index, error in refused]
+        with self._line_lock:
+            for index, item in prepared:
+                if not isinstance(item, CortexError):
+                    slot = Slot(job, index, item)
+                    self._line.add(Waiting(slot, job.group, item.cost_tokens, job.lane, job.deadline_s))
+        if any(done):
+            self._finish(job)
+
+    def _line_up_alone(self, job: Job) -> None:
+        """A job that may have killed a worker: each item runs by itself, prepared only then."""
+        with self._line_lock:
+            for index, _ in job.good_inputs():
+                slot = Slot(job, index, None)
+                self._line.add(Waiting(slot, job.group, 1, job.lane, job.deadline_s, alone=True))
+
+
+def fail_inside(jobs: Sequence[Job], error: Exception, events: Events) -> None:
+    """Jobs that a defect of the worker's own caught: each gets an answer that says so."""
+    broken = [job for job in jobs if job.open_items > 0 and job.failure is None]
+    for job in broken:
+        job.failure = InferenceFailed(f"the worker failed inside: {type(error).__name__}: {error}")
+    events.finished(broken)

@@ -1,0 +1,120 @@
+"""How many padded tokens a batch should hold: learned for each model on each machine.
+
+Throughput over the budget has a hump: small batches pay the overhead of a pass, large ones leave the caches of a CPU
+or pad more. Where the hump lies differs by machine, engine and traffic, so it is measured: at warm-up over powers of
+two, and online, where now and then a full batch tries the neighbouring budget. What counts is tokens of texts a
+second, padding excluded. Of budgets that are about equally good the smallest wins: it keeps others waiting less.
+Pure: no clock, no randomness.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Final
+
+__all__ = ["BudgetLearner", "candidates"]
+
+_SMALLEST_TOKENS: Final = 128
+#: A larger budget must be this much better than a smaller one.
+_MARGIN: Final = 1.03
+#: Weight of a new observation.
+_WEIGHT: Final = 0.2
+#: One full batch in so many tries a neighbour.
+_EXPLORE_EVERY: Final = 16
+#: Observations before a neighbour is believed.
+_BELIEVE: Final = 3
+#: A pass that is said to take less was not measured.
+_SHORTEST_S: Final = 1e-6
+#: A batch that fills less of its budget says nothing about it: there was no more to take.
+_FULL: Final = 0.7
+
+
+def candidates(ceiling_tokens: int) -> list[int]:
+    """Powers of two up to the ceiling, and the ceiling."""
+    steps = []
+    step = _SMALLEST_TOKENS
+    while step < ceiling_tokens:
+        steps.append(step)
+        step *= 2
+    return [*steps, ceiling_tokens]
+
+
+@dataclass(slots=True)
+class _Seen:
+    tokens_per_s: float = 0.0
+    count: int = 0
+
+    def add(self, tokens_per_s: float) -> None:
+        weight = max(_WEIGHT, 1 / (self.count + 1))
+        self.tokens_per_s += weight * (tokens_per_s - self.tokens_per_s)
+        self.count += 1
+
+
+@dataclass(slots=True)
+class BudgetLearner:
+    """The budget of one model. ``ceiling_tokens``: never more padded tokens than this."""
+
+    ceiling_tokens: int
+    _steps: list[int] = field(init=False)
+    _seen: dict[int, _Seen] = field(init=False)
+    _best: int = field(init=False)
+    _turn: int = 0
+    _trying: int | None = None
+
+    def __post_init__(self) -> None:
+        self._steps = candidates(self.ceiling_tokens)
+        self._seen = {step: _Seen() for step in self._steps}
+        self._best = len(self._steps) - 1
+
+    @property
+    def best_tokens(self) -> int:
+        """The best budget known."""
+        return self._steps[self._best]
+
+    def rates(self) -> dict[int, float]:
+        """Tokens a second by budget, of the budgets measured so far."""
+        return {step: seen.tokens_per_s for step, seen in self._seen.items() if seen.count}
+
+    def next_tokens(self) -> int:
+        """The budget for the next batch: the best, or now and then a neighbour."""
+        if self._trying is not None:
+            return self._steps[self._trying]
+        return self.best_tokens
+
+    def calibrate(self, run: Callable[[int], float], budget_s: float, clock: Callable[[], float]) -> None:
+        """Measure budgets from small to large until ``budget_s`` is spent or it clearly gets worse.
+
+        ``run(tokens)`` runs a full batch of about so many tokens and returns tokens of texts a second.
+        """
+        started_s = clock()
+        best = 0.0
+        for step in self._steps:
+            rate = run(step)
+            self._seen[step].add(rate)
+            best = max(best, rate)
+            if rate < 0.8 * best or clock() - started_s > budget_s:
+                break
+        self._choose(step for step in self._steps if self._seen[step].count)
+
+    def observe(self, budget_tokens: int, padded_tokens: int, tokens: int, seconds: float) -> None:
+        """A batch ran under a budget: its padded size, the tokens of its texts, its time."""
+        seen = self._seen.get(budget_tokens)
+        if seen is None or seconds < _SHORTEST_S or padded_tokens < _FULL * budget_tokens:
+            return
+        seen.add(tokens / seconds)
+        self._trying = None
+        self._choose(step for step in self._steps if self._seen[step].count >= _BELIEVE or step == self.best_tokens)
+        self._turn += 1
+        if self._turn % _EXPLORE_EVERY == 0:
+            # Up and down in turns.
+            neighbour = self._best + (1 if self._turn // _EXPLORE_EVERY % 2 else -1)
+            self._trying = neighbour if 0 <= neighbour < len(self._steps) else None
+
+    def _choose(self, believed: Iterable[int]) -> None:
+        """The smallest of the budgets that are about as good as the best."""
+        rates = {step: self._seen[step].tokens_per_s for step in believed}
+        if not rates:
+            return
+        good_enough = max(rates.values()) / _MARGIN
+        self._best = self._steps.index(min(step for step, rate in rates.items() if rate >= good_enough))
