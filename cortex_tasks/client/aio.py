@@ -246,7 +246,7 @@ class AsyncCortex:
     ) -> AsyncJob[Any]:
         """Queue one job and return at once; see ``Cortex.submit``."""
         plan = self._link().core.plan(task, model=model, lane=lane, deadline_s=deadline_s, cache=cache, **params)
-        order = plan.order_one(inputs) if is_single(task, inputs) else plan.order(inputs)
+        order = plan.order_one(inputs) if is_single(task, inputs) else plan.order(inputs, one_job=True)
         order.check_one_job()
         tickets = await self._send(order)
         return AsyncJob(self, order, tickets[0] if tickets else None)

@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Final, Protocol
 
-from cortex_tasks.client.core import Draft, Order, Plan
+from cortex_tasks.client.core import Draft, Order, Plan, cut
 from cortex_tasks.errors import CortexError
 from cortex_tasks.replies import Ticket
 
@@ -138,22 +138,11 @@ class _Pending:
     def take(self) -> list[tuple[Plan, list[Any]]]:
         """Everyone, in lists that fit in a message each."""
         kinds, self._kinds = self._kinds, {}
-        return [(plan, part) for plan, seats in kinds.values() for part in _parts(seats, plan.limits.inputs_per_job)]
-
-
-def _parts(seats: list[_Seat], inputs_per_job: int) -> Iterator[list[_Seat]]:
-    most = min(GROUP_INPUTS, inputs_per_job)
-    part: list[_Seat] = []
-    chars = 0
-    for seat in seats:
-        size = len(seat.value) if isinstance(seat.value, str) else GROUP_CHARS
-        if part and (len(part) == most or chars + size > GROUP_CHARS):
-            yield part
-            part, chars = [], 0
-        part.append(seat)
-        chars += size
-    if part:
-        yield part
+        return [
+            (plan, seats[part])
+            for plan, seats in kinds.values()
+            for part in cut([seat.value for seat in seats], min(GROUP_INPUTS, plan.limits.inputs_per_job), GROUP_CHARS)
+        ]
 
 
 class LoopCoalescer:

@@ -37,7 +37,7 @@ from cortex_tasks.replies import Outcome
 from cortex_tasks.results import JobResult, error_from_meta, parse
 from cortex_tasks.settings import Settings, mask_url
 
-__all__ = ["Core", "Draft", "Order", "Plan", "batches", "resolve", "timed_out"]
+__all__ = ["JOB_CHARS", "Core", "Draft", "Order", "Plan", "batches", "cut", "resolve", "timed_out", "weight_of"]
 
 #: Kinds of jobs whose envelopes are kept.
 _ENVELOPES: Final = 256
@@ -45,6 +45,32 @@ _DEFAULT_RETRY_S: Final = 1.0
 #: One round trip of publishing carries at most so much: Redis serves nobody else meanwhile.
 _BATCH_JOBS: Final = 512
 _BATCH_BYTES: Final = 4 * 1024 * 1024
+
+
+#: A call with many inputs is cut into jobs of about so many, or so many characters (about four make a token): enough
+#: to spare overhead, few enough that several workers share the call and others are not kept waiting.
+JOB_INPUTS: Final = 256
+JOB_CHARS: Final = 65_536
+#: What a point of a series weighs beside a character.
+_POINT_CHARS: Final = 24
+
+
+def weight_of(value: Any) -> int:
+    """A checked input's size in characters, or what comes close."""
+    return len(value) if isinstance(value, str) else _POINT_CHARS * len(value.y)
+
+
+def cut(values: Sequence[Any], most: int, chars: float) -> Iterator[slice]:
+    """Slices of at most ``most`` checked inputs and, but for a single one that is larger, ``chars`` characters."""
+    start, size = 0, 0
+    for index, value in enumerate(values):
+        weight = weight_of(value)
+        if index > start and (index - start == most or size + weight > chars):
+            yield slice(start, index)
+            start, size = index, 0
+        size += weight
+    if start < len(values):
+        yield slice(start, len(values))
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,15 +185,18 @@ class Plan:
         return check_input(self.spec.name, value, self.limits, self.truncate)
 
     def order_checked(self, values: list[Any]) -> Order:
-        """Inputs that were checked before."""
-        return self._order(values, range(len(values)), {}, len(values))
+        """Inputs that were checked before, as one job."""
+        return self._order(values, range(len(values)), {}, len(values), one_job=True)
 
     def order_one(self, value: Any) -> Order:
         """One input. Raises InvalidInput."""
         return self.order_checked([self.check(value)])
 
-    def order(self, inputs: Iterable[Any]) -> Order:
-        """Several inputs; a bad one becomes an entry of its own and its neighbours go on."""
+    def order(self, inputs: Iterable[Any], *, one_job: bool = False) -> Order:
+        """Several inputs; a bad one becomes an entry of its own and its neighbours go on.
+
+        They are cut into jobs that several workers can share; ``one_job`` cuts only at the model's own limit.
+        """
         good: list[Any] = []
         indexes: list[int] = []
         refused: dict[int, InvalidInput] = {}
@@ -179,17 +208,24 @@ class Plan:
                 indexes.append(index)
             except InvalidInput as error:
                 refused[index] = error
-        return self._order(good, indexes, refused, count)
+        return self._order(good, indexes, refused, count, one_job=one_job)
 
     def _order(
-        self, inputs: list[Any], indexes: Sequence[int], refused: Mapping[int, InvalidInput], count: int
+        self,
+        inputs: list[Any],
+        indexes: Sequence[int],
+        refused: Mapping[int, InvalidInput],
+        count: int,
+        *,
+        one_job: bool,
     ) -> Order:
-        size, now = self.limits.inputs_per_job, self.clock()
+        most, now = self.limits.inputs_per_job, self.clock()
+        parts = cut(inputs, most, math.inf) if one_job else cut(inputs, min(most, JOB_INPUTS), JOB_CHARS)
         drafts = []
-        for first in range(0, len(inputs), size):
-            job_id, part = new_id(), inputs[first : first + size]
-            message = self.envelope.seal(job_id, part, sent_at=now, deadline_s=self.deadline_s)
-            drafts.append(Draft(job_id, message, indexes[first : first + size]))
+        for part in parts:
+            job_id = new_id()
+            message = self.envelope.seal(job_id, inputs[part], sent_at=now, deadline_s=self.deadline_s)
+            drafts.append(Draft(job_id, message, indexes[part]))
         return Order(self, count, drafts, refused)
 
     def full(self, jobs: int, depth: int, cards: Iterable[WorkerCard]) -> QueueFull:

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final, Generic, Literal, TypeVar
 
 from cortex_tasks.catalog import InputKind
-from cortex_tasks.client.core import Draft, Order, Plan
+from cortex_tasks.client.core import JOB_CHARS, Draft, Order, Plan
 from cortex_tasks.client.progress import Progress
 from cortex_tasks.errors import BrokerUnavailable, InvalidParameter
 from cortex_tasks.replies import LoopTicket, ThreadTicket, Ticket
@@ -75,6 +75,8 @@ class Window(Generic[K]):
             raise InvalidParameter(
                 f"chunk is {self.chunk:,}, over the model's limit of {plan.limits.inputs_per_job:,} inputs a job"
             )
+        #: A chunk of long texts ends early, unless its size was asked for.
+        self.chars = JOB_CHARS if chunk is None else math.inf
         self.jobs = _count("window", window, _WINDOW)
         #: Jobs are read and published so many at a time, once there is room for them.
         self.step = max(1, self.jobs // 4)
@@ -93,7 +95,7 @@ class Window(Generic[K]):
         if not inputs:
             self.exhausted = True
             return
-        order = self.plan.order(inputs)
+        order = self.plan.order(inputs, one_job=True)
         ticket = self._ticket(order.drafts[0].id) if order.drafts else None
         chunk = Chunk(order, ticket, sent=ticket is None)
         self.chunks.append(chunk)
@@ -110,9 +112,11 @@ class Window(Generic[K]):
 
     def _take(self, source: Iterator[Any], until: float) -> list[Any]:
         inputs: list[Any] = []
+        chars = 0
         for value in source:
             inputs.append(value)
-            if len(inputs) == self.chunk or self.clock() > until:
+            chars += len(value) if isinstance(value, str) else 0
+            if len(inputs) == self.chunk or chars > self.chars or self.clock() > until:
                 break
         return inputs
 

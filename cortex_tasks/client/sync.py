@@ -229,7 +229,7 @@ class Cortex:
         Raises RequestError for what can never work, QueueFull, BrokerUnavailable.
         """
         plan = self._link().core.plan(task, model=model, lane=lane, deadline_s=deadline_s, cache=cache, **params)
-        order = plan.order_one(inputs) if is_single(task, inputs) else plan.order(inputs)
+        order = plan.order_one(inputs) if is_single(task, inputs) else plan.order(inputs, one_job=True)
         order.check_one_job()
         tickets = self._send(order)
         return Job(self, order, tickets[0] if tickets else None)

@@ -32,6 +32,7 @@ from cortex_tasks import (
     payloads,
     testing,
 )
+from cortex_tasks.client.core import JOB_CHARS
 from cortex_tasks.config import FleetConfig
 from cortex_tasks.echo import FAIL, echo_vector
 from cortex_tasks.testing import LocalFleet, echo_fleet
@@ -169,11 +170,19 @@ def test_options_reach_the_fleet(fleet: LocalFleet, call: Client) -> None:
 
 
 def test_more_inputs_than_a_job_holds_travel_as_several(fleet: LocalFleet, call: Client) -> None:
-    texts = [f"t{number}" for number in range(2_500)]
+    texts = [f"t{number}" for number in range(600)]
     result = call("embed", [*texts, ""])
-    assert [len(job.inputs) for job in fleet.jobs] == [1_000, 1_000, 500]
-    assert [item.vector.tolist() for item in result[:2500]] == [pytest.approx(echo_vector(text)) for text in texts]
-    assert list(result.errors) == [2500]
+    assert [len(job.inputs) for job in fleet.jobs] == [256, 256, 88]
+    assert [item.vector.tolist() for item in result[:600]] == [pytest.approx(echo_vector(text)) for text in texts]
+    assert list(result.errors) == [600]
+
+
+def test_long_texts_are_spread_over_jobs(fleet: LocalFleet, call: Client) -> None:
+    texts = [f"{number:04}" * 2_000 for number in range(20)]
+    result = call("embed", texts)
+    assert result.ok
+    assert max(sum(map(len, job.inputs)) for job in fleet.jobs) <= JOB_CHARS
+    assert [text for job in fleet.jobs for text in job.inputs] == texts
 
 
 def test_truncation_is_done_only_on_request(fleet: LocalFleet, call: Client) -> None:
@@ -201,7 +210,7 @@ def test_a_slow_queue_is_a_time_out(fleet: LocalFleet, call: Client) -> None:
 
 def test_a_full_queue_refuses_the_whole_call(fleet: LocalFleet, call: Client) -> None:
     with fleet.full_queues(), pytest.raises(QueueFull) as caught:
-        call("embed", ["x"] * 2_000)
+        call("embed", ["x"] * 500)
     assert caught.value.retry_after_s > 0
     assert (fleet.jobs, fleet.refused) == ([], 2)
 
@@ -241,9 +250,9 @@ def test_of_a_call_in_several_jobs_one_may_fail_alone() -> None:
         return [{"data": b"\x00" * 4} for _ in inputs]
 
     with testing.fleet(picky) as fleet:
-        result = fleet.client().embed(["a"] * 1_000 + ["poison"] + ["b"])
-        assert sorted(result.errors) == [1_000, 1_001]
-        assert "RuntimeError: boom" in str(result.errors[1_000])
+        result = fleet.client().embed(["a"] * 256 + ["poison"] + ["b"])
+        assert sorted(result.errors) == [256, 257]
+        assert "RuntimeError: boom" in str(result.errors[256])
         with pytest.raises(InferenceFailed, match="boom"):
             fleet.client().embed(["poison"] * 2)
 
