@@ -7,7 +7,7 @@ INSTALLED := $(VENV)/.installed
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help demo up test check format clean distclean
+.PHONY: help demo up test bench check format clean distclean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -27,6 +27,9 @@ up: $(INSTALLED) ## run the fleet (Procfile) until Ctrl-C
 
 test: $(INSTALLED) ## run the whole test suite
 	@$(BIN)/python -m pytest $(ARGS)
+
+bench: $(INSTALLED) ## measure the speed, renew the README's table and the plot (8 minutes)
+	@$(BIN)/python -m benchmarks
 
 check: $(INSTALLED) ## formatting, lint, types, import contracts
 	@$(BIN)/ruff format --check .

@@ -1,0 +1,127 @@
+"""The raw engine: the worker's own adapter in a process without any queue, commanded by a benchmark.
+
+What it reaches is the limit for a fleet on the same cores: texts tokenised at once, sorted by length, cut into batches
+of the model's budget, with the threads that a worker would take.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from functools import cache
+from itertools import islice
+from typing import Any, Final
+
+from benchmarks import texts
+from benchmarks.processes import ROOT, serve
+from benchmarks.stats import percentile
+from cortex_tasks.config import ModelConfig, load_fleet
+from cortex_tasks.payloads import EmbedParams
+from workers.adapters import Adapter, Item, LoadContext, adapter_class
+from workers.resources import device, threads_for
+from workers.store.sources import Snapshot, resolve
+
+_ALIAS: Final = "minilm"
+_TASK: Final = "embed"
+_PARAMS: Final = EmbedParams()
+
+
+@cache
+def _config() -> ModelConfig:
+    return load_fleet(ROOT / "queues.yaml").models[_ALIAS]
+
+
+@cache
+def _snapshot() -> Snapshot:
+    return resolve(_config().source, _config().revision, models_dir=None)
+
+
+@cache
+def _adapter() -> Adapter:
+    config, snapshot = _config(), _snapshot()
+    context = LoadContext(
+        alias=_ALIAS,
+        snapshot=snapshot.path,
+        digest=snapshot.digest,
+        tasks=config.tasks,
+        options=config.options,
+        threads=threads_for(None),
+        device=device(),
+        precision=config.precision,
+    )
+    return adapter_class(config.adapter).load(context)
+
+
+@cache
+def _encoder() -> Any:
+    from sentence_transformers import SentenceTransformer
+
+    return SentenceTransformer(str(_snapshot().path), device=device())
+
+
+def hello() -> dict[str, Any]:
+    """Load and warm both; says where the weights are."""
+    _run(list(islice(texts.varied(-1), 40)))
+    _encoder().encode(list(islice(texts.varied(-2), 8)))
+    return {"threads": threads_for(None), "snapshot": str(_snapshot().path)}
+
+
+def rate(*, seed: int, count: int) -> dict[str, Any]:
+    """Texts a second over so many, and the median duration of a batch's forward pass."""
+    source = list(islice(texts.varied(seed), count))
+    began_s = time.perf_counter()
+    batches_ms = _run(source)
+    return {"per_s": count / (time.perf_counter() - began_s), "batch_ms": percentile(batches_ms, 50)}
+
+
+def encode(*, seed: int, count: int) -> dict[str, Any]:
+    """``SentenceTransformer.encode`` over the same texts, in its default batches."""
+    source = list(islice(texts.varied(seed), count))
+    began_s = time.perf_counter()
+    _encoder().encode(source)
+    return {"per_s": count / (time.perf_counter() - began_s)}
+
+
+def forward_ms(*, seed: int, count: int) -> dict[str, Any]:
+    """The milliseconds of the bare forward pass of each text by itself."""
+    adapter = _adapter()
+    items = _prepared(list(islice(texts.short(seed), count)))
+    durations_ms = []
+    for item in items:
+        began_s = time.perf_counter()
+        adapter.forward(_TASK, [item], _PARAMS)
+        durations_ms.append((time.perf_counter() - began_s) * 1e3)
+    return {"durations_ms": durations_ms}
+
+
+def _prepared(source: Sequence[str]) -> list[Item]:
+    return [item for item in _adapter().prepare(_TASK, source, _PARAMS) if isinstance(item, Item)]
+
+
+def _run(source: Sequence[str]) -> list[float]:
+    """Prepare, forward and finish; returns each forward pass' milliseconds."""
+    adapter = _adapter()
+    durations_ms = []
+    for batch in _batches(sorted(_prepared(source), key=lambda item: item.cost_tokens)):
+        began_s = time.perf_counter()
+        raw = adapter.forward(_TASK, batch, _PARAMS)
+        durations_ms.append((time.perf_counter() - began_s) * 1e3)
+        adapter.finish(_TASK, batch, raw, _PARAMS)
+    return durations_ms
+
+
+def _batches(items: Sequence[Item]) -> Iterator[list[Item]]:
+    """Items, shortest first, in batches of at most the model's items and padded tokens."""
+    budget = _config().batching
+    batch: list[Item] = []
+    for item in items:
+        if batch and (len(batch) == budget.max_items or (len(batch) + 1) * item.cost_tokens > budget.max_padded_tokens):
+            yield batch
+            batch = []
+        batch.append(item)
+    if batch:
+        yield batch
+
+
+if __name__ == "__main__":
+    serve(hello=hello, rate=rate, encode=encode, forward_ms=forward_ms)

@@ -1,0 +1,140 @@
+"""How long an answer takes: under open load, and for interactive work while bulk saturates the worker (MiniLM).
+
+``python -m benchmarks.latency [--seconds 20] [--json-only]``
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Final
+
+from benchmarks.card import Benchmark, Figures, Row, command_line
+from benchmarks.processes import Peer, fleet
+from benchmarks.stats import percentile
+from cortex_tasks.local_fleet import LocalFleet
+
+__all__ = ["BENCHMARK", "LOADS"]
+
+_MODEL: Final = "minilm"
+#: Arrival rates, in percent of the rate at which the fleet can answer.
+LOADS: Final = (30, 60, 90)
+#: Texts in flight that find out that rate.
+_SATURATING: Final = 256
+#: Interactive texts a second while bulk saturates, and while nothing does.
+_INTERACTIVE_PER_S: Final = 10.0
+#: Idle latency is measured in turns with the bare model, so many texts each time.
+_TURN: Final = 25
+_CARD_TIMEOUT_S: Final = 30.0
+
+Say = Callable[[str], None]
+
+
+def measure(seconds: float, say: Say) -> Figures:
+    say("starting the fleet and the bare engine")
+    with fleet(_MODEL) as local, Peer("benchmarks.client", local.env) as client:
+        with Peer("benchmarks.engine", {}) as engine:
+            client.ask("hello")
+            engine.ask("hello")
+            say("one text at a time, in turns with the bare model")
+            figures = _idle(client, engine, seconds)
+        say(f"capacity, {_SATURATING} in flight")
+        figures |= _open_load(client, seconds, say)
+        say(f"interactive texts on an idle fleet, {_INTERACTIVE_PER_S:g} a second")
+        idle_ms = _arrivals(client, 200, _INTERACTIVE_PER_S, seconds)
+        # Last: what bulk leaves behind would be in the way of the others.
+        say("interactive texts next to a saturating bulk map")
+        bulk_ms, batch_ms = _next_to_bulk(client, local, seconds)
+    idle_p99_ms = percentile(idle_ms, 99)
+    return figures | {
+        "idle_p99_ms": idle_p99_ms,
+        "interactive_p50_under_bulk_ms": percentile(bulk_ms, 50),
+        "interactive_p99_under_bulk_ms": percentile(bulk_ms, 99),
+        "bulk_batch_ms": batch_ms,
+        "interactive_limit_ms": idle_p99_ms + batch_ms,
+    }
+
+
+def _idle(client: Peer, engine: Peer, seconds: float) -> Figures:
+    """One text at a time through the fleet, and the same texts through nothing but the forward pass."""
+    fleet_ms: list[float] = []
+    bare_ms: list[float] = []
+    for turn in range(max(2, int(seconds / 2))):
+        bare_ms += engine.ask("forward_ms", seed=100 + turn, count=_TURN)["durations_ms"]
+        asked = client.ask("one_by_one", model=_MODEL, kind="short", seed=100 + turn, count=_TURN)
+        fleet_ms += asked["latencies_ms"]
+    idle, bare = percentile(fleet_ms, 50), percentile(bare_ms, 50)
+    return {"idle_p50_ms": idle, "bare_p50_ms": bare, "idle_overhead_ms": idle - bare}
+
+
+def _arrivals(client: Peer, seed: int, rate_per_s: float, seconds: float) -> list[float]:
+    asked = client.ask("arrivals", model=_MODEL, seed=seed, rate_per_s=rate_per_s, seconds=seconds)
+    found: list[float] = asked["latencies_ms"]
+    return found
+
+
+def _next_to_bulk(client: Peer, local: LocalFleet, seconds: float) -> tuple[list[float], float]:
+    """Latencies of interactive texts, and the mean time between two batches of bulk, while bulk saturates."""
+    with Peer("benchmarks.client", local.env) as bulk:
+        bulk.ask("hello")
+        _, batches = _next_card(local, after=(0.0, 0))
+        # Until this context stops it.
+        bulk.tell("saturate", model=_MODEL, seed=300)
+        batch_ms = _batch_ms(local, batches)
+        latencies_ms = _arrivals(client, 301, _INTERACTIVE_PER_S, seconds)
+    return latencies_ms, batch_ms
+
+
+def _batch_ms(local: LocalFleet, batches: int) -> float:
+    """Milliseconds a batch of a saturated worker, from two of the cards that it writes every 2 s.
+
+    ``batches``: how many it had run before it was saturated.
+    """
+    before = _next_card(local, after=(time.time(), batches))
+    after = _next_card(local, after=(before[0] + 3.0, before[1]))
+    return (after[0] - before[0]) * 1e3 / (after[1] - before[1])
+
+
+def _next_card(local: LocalFleet, after: tuple[float, int]) -> tuple[float, int]:
+    """Of the worker's first card later than that time and with more batches than that: its time and its batches."""
+    until = time.monotonic() + _CARD_TIMEOUT_S
+    while time.monotonic() < until:
+        for card in local.cards():
+            batches = sum(model.batches for model in card.models)
+            if card.seen_at > after[0] and batches > after[1]:
+                return card.seen_at, batches
+        time.sleep(0.05)
+    raise RuntimeError(f"the worker ran no batch within {_CARD_TIMEOUT_S} s:\n{local.tail('worker')}")
+
+
+def _open_load(client: Peer, seconds: float, say: Say) -> Figures:
+    arguments = {"model": _MODEL, "kind": "varied", "seed": 400, "in_flight": _SATURATING, "sessions": {}}
+    capacity = client.ask("singles", warm_s=seconds / 8, seconds=seconds / 2, **arguments)["per_s"]
+    by_percent: dict[str, dict[str, float]] = {"p50_ms": {}, "p95_ms": {}, "p99_ms": {}}
+    for load in LOADS:
+        say(f"open load, {load} % of capacity")
+        latencies_ms = _arrivals(client, 500 + load, capacity * load / 100, seconds)
+        for name, percent in (("p50_ms", 50), ("p95_ms", 95), ("p99_ms", 99)):
+            by_percent[name][str(load)] = percentile(latencies_ms, percent)
+    flat = {f"p99_at_{load}_ms": by_percent["p99_ms"][str(load)] for load in LOADS}
+    return {"capacity_per_s": capacity, **by_percent, **flat}
+
+
+BENCHMARK: Final = Benchmark(
+    "latency",
+    "How long an answer takes: MiniLM, single texts",
+    (
+        Row("idle_p50_ms", "one text at a time, median", "ms"),
+        Row("bare_p50_ms", "  the bare forward pass of the same texts", "ms"),
+        Row("idle_overhead_ms", "  what the fleet adds", "ms", at_most=2.0),
+        Row("capacity_per_s", f"capacity, {_SATURATING} in flight", "texts/s"),
+        *(Row(f"p99_at_{load}_ms", f"  p99 at {load} % of it, open load", "ms") for load in LOADS),
+        Row("idle_p99_ms", f"interactive, {_INTERACTIVE_PER_S:g} a second, p99", "ms"),
+        Row("interactive_p99_under_bulk_ms", "  p99 while bulk saturates", "ms", at_most="interactive_limit_ms"),
+        Row("bulk_batch_ms", "  one bulk batch", "ms"),
+    ),
+    measure,
+)
+
+if __name__ == "__main__":
+    command_line(BENCHMARK)

@@ -1,0 +1,88 @@
+"""Each benchmark, run as a program for a moment: its card, and the fields of its last line."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[3]
+FIELDS = {
+    "overhead": (
+        "async_singles_per_s",
+        "async_singles_cpu_us",
+        "worker_cpu_us_per_job",
+        "client_cpu_us_per_job",
+        "jobs_per_s",
+        "stock_worker_cpu_us_per_job",
+        "stock_client_cpu_us_per_job",
+        "stock_jobs_per_s",
+    ),
+    "throughput": (
+        "raw_per_s",
+        "map_ratio",
+        "singles_ratio",
+        "singles_8_clients_ratio",
+        "naive_celery_ratio",
+        "encode_ratio",
+    ),
+    "latency": ("idle_overhead_ms", "idle_p99_ms", "interactive_p99_under_bulk_ms", "bulk_batch_ms"),
+    "startup": ("import_ms", "load_ms", "warm_ms", "first_answer_ms"),
+}
+
+
+def run(name: str, *arguments: str) -> list[str]:
+    """The lines that a benchmark printed."""
+    command = [sys.executable, "-m", f"benchmarks.{name}", "--seconds", "0.4", *arguments]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=280)
+    assert done.returncode == 0, done.stderr[-3_000:]
+    return done.stdout.splitlines()
+
+
+def checked(name: str, line: str) -> dict[str, Any]:
+    figures: dict[str, Any] = json.loads(line)
+    assert figures["benchmark"] == name
+    for field in FIELDS[name]:
+        assert math.isfinite(figures[field]), field
+        # A difference of two medians may be anything on a busy machine; all else is a duration, a rate or a share.
+        assert figures[field] > 0 or field == "idle_overhead_ms", field
+    return figures
+
+
+@pytest.mark.fleet
+def test_overhead() -> None:
+    figures = checked("overhead", run("overhead", "--json-only")[-1])
+    assert set(figures["stock_pools"]) == {"solo", "threads", "prefork"}
+    assert figures["stock_jobs_per_s"] == max(pool["jobs_per_s"] for pool in figures["stock_pools"].values())
+
+
+@pytest.mark.fleet
+@pytest.mark.models
+def test_throughput() -> None:
+    [line] = run("throughput", "--json-only")
+    checked("throughput", line)
+
+
+@pytest.mark.fleet
+@pytest.mark.models
+def test_latency() -> None:
+    figures = checked("latency", run("latency", "--json-only")[-1])
+    for name in ("p50_ms", "p95_ms", "p99_ms"):
+        assert set(figures[name]) == {"30", "60", "90"}
+    assert all(figures["p50_ms"][load] <= figures["p99_ms"][load] for load in ("30", "60", "90"))
+
+
+@pytest.mark.fleet
+@pytest.mark.models
+def test_startup_with_its_card() -> None:
+    lines = run("startup")
+    figures = checked("startup", lines[-1])
+    assert figures["first_answer_ms"] > figures["load_ms"]
+    assert any(line.startswith("loading the model") for line in lines)
