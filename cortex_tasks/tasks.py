@@ -14,6 +14,12 @@ whatever app is current in the program, and go to the queue of their model.
 In a chain the previous task's return value is ``inputs``: a text, a series, or a list of them. An answer of Cortex
 is not one; put a task of your own between two of Cortex's, or use an immutable signature (``.si``).
 
+Celery waits for the results of a group through one app's connection: ``get`` of a group that mixes these tasks with
+another app's own never returns. For such groups put the tasks on that app: ``embed = register(app)["embed"]``.
+
+The tasks never run in the calling process, which holds no models: with ``task_always_eager`` on their app their
+results raise RequestError. (The worker's app, ``workers.app``, does compute eagerly, where models are installed.)
+
 The nine tasks are made when they are first asked for.
 """
 
@@ -74,7 +80,10 @@ class NativeTask(Task):
         self._broker, self._fleet, self._wire = settings.broker, fleet, wire
 
     def run(self, *args: Any, **kwargs: Any) -> Any:
-        raise RequestError(f"{self.name} runs on the fleet: call .delay() or .apply_async()")
+        raise RequestError(
+            f"{self.name} runs on the fleet, not in this process: call .delay() or .apply_async(), without "
+            "task_always_eager; for tests without a fleet there is cortex_tasks.testing"
+        )
 
     def apply_async(
         self,
@@ -94,7 +103,7 @@ class NativeTask(Task):
         texts = _checked_inputs(self.name, inputs, config.limits, getattr(checked, "truncate", False))
         given = {"model": alias, **checked.model_dump(mode="json", exclude_defaults=True)}
         # A job of a running task (a chain's next link, a retry) is not refused: its sender could not wait.
-        if not current_task:
+        if not current_task and not self.app.conf.task_always_eager:
             self._check_room(config.queue, config.limits.queue_jobs)
         options.setdefault("queue", config.queue)
         options.update(argsrepr="()", kwargsrepr=f"{{'inputs': {short_repr(texts)}, {short_options(given)}}}")
@@ -146,12 +155,17 @@ def _checked_inputs(name: str, inputs: Any, limits: Limits, truncate: bool) -> l
     return checked
 
 
-def register(app: Celery, settings: Settings, fleet: FleetConfig) -> dict[str, Task]:
-    """Put the nine tasks on an app made by ``make_app``; short name -> task."""
+def register(app: Celery, settings: Settings | None = None, fleet: FleetConfig | None = None) -> dict[str, Task]:
+    """Put the nine tasks on an app that points at the fleet's Redis; short name -> task.
+
+    ``settings`` and ``fleet``: by default the environment's.
+    """
+    settings = settings or Settings.from_env()
+    fleet = fleet or load_fleet(settings.queues_file)
     wire = RedisWire(settings)
-    return {
-        spec.name: app.register_task(NativeTask(spec.celery_name, settings, fleet, wire)) for spec in TASKS.values()
-    }
+    # Celery binds a task's class to its app, so each app has one of its own.
+    bound: type[NativeTask] = type(NativeTask.__name__, (NativeTask,), {"__module__": __name__})
+    return {spec.name: app.register_task(bound(spec.celery_name, settings, fleet, wire)) for spec in TASKS.values()}
 
 
 def __getattr__(name: str) -> Any:
@@ -159,6 +173,5 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from cortex_tasks.app import app
 
-    settings = Settings.from_env()
-    globals().update(register(app, settings, load_fleet(settings.queues_file)))
+    globals().update(register(app))
     return globals()[name]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from datetime import datetime
+from datetime import UTC, datetime
 from typing import Any, Final
 
 from celery import Celery, Task
@@ -12,7 +12,7 @@ from celery import Celery, Task
 from cortex_tasks.catalog import TASKS, task_spec
 from cortex_tasks.codec import HEADER, lane_of
 from cortex_tasks.config import FleetConfig, Limits
-from cortex_tasks.errors import CortexError, InvalidInput, ModelError, ModelUnavailable
+from cortex_tasks.errors import CortexError, InvalidInput, ModelError, ModelUnavailable, UnknownModel
 from cortex_tasks.inputs import check_input, check_params, is_single
 from cortex_tasks.payloads import Params, TextParams
 from workers.runtime import Job
@@ -65,7 +65,8 @@ class InferenceTask(Task):
 def register_tasks(app: Celery, base: type[Task] = InferenceTask) -> None:
     """Put one task a row of the catalogue on the app."""
     for spec in TASKS.values():
-        app.task(_no_body, name=spec.celery_name, base=base, bind=False)
+        # Not shared: other apps of this process keep out of it.
+        app.task(_no_body, name=spec.celery_name, base=base, bind=False, shared=False)
 
 
 def _no_body(*_: Any, **__: Any) -> None:
@@ -84,6 +85,8 @@ def to_job(
     RequestError. ``headers``: the message's, as Celery merges them into the request."""
     spec = task_spec(task_name)
     inputs, alias, params = _arguments(args, kwargs)
+    if not isinstance(alias, str | None):
+        raise UnknownModel(f"a model's name must be a str, not {type(alias).__name__}")
     alias, model = fleet.model(alias, spec.name)
     checked, canonical = _known_params(spec.name, alias, params, model.limits)
     values = [inputs] if is_single(spec.name, inputs) else list(inputs)
@@ -94,20 +97,19 @@ def to_job(
             {"limit": model.limits.inputs_per_job, "got": len(values)},
         )
     truncate = isinstance(checked, TextParams) and checked.truncate
-    options = headers.get(HEADER) or {}
-    job = Job(
+    options = _mapping(headers.get(HEADER))
+    return Job(
         id=job_id,
         model=alias,
         task=spec.name,
         params=checked,
         canonical=canonical,
         inputs=[_checked(spec.name, value, model.limits, truncate) for value in values],
-        lane=lane_of((headers.get("delivery_info") or {}).get("priority")),
+        lane=lane_of(_number(_mapping(headers.get("delivery_info")).get("priority"))),
         deadline_s=_epoch(headers.get("expires")),
         sent_at_s=_number(options.get("sent_at")),
         packed=bool(options.get("packed")),
     )
-    return job
 
 
 #: Parameters seen before, by what they came from: most jobs come with the same few.
@@ -129,8 +131,11 @@ def _known_params(task: str, alias: str, params: Mapping[str, Any], limits: Limi
     return known
 
 
-def _arguments(args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[Any, str | None, dict[str, Any]]:
+def _arguments(args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[Any, Any, dict[str, Any]]:
     """(inputs, model, parameters) of a call ``task(inputs, model=None, **params)``."""
+    if not isinstance(args, list | tuple) or not isinstance(kwargs, Mapping):
+        raise InvalidInput(f"a job's arguments must be a list and a mapping, not {type(args).__name__} and "
+                           f"{type(kwargs).__name__}")  # fmt: skip
     params = dict(kwargs)
     positional = list(args)
     if len(positional) > 2:
@@ -153,14 +158,25 @@ def _checked(task: str, value: Any, limits: Limits, truncate: bool) -> Any:
 
 
 def _epoch(expires: Any) -> float:
-    """Celery's ``expires`` (ISO 8601, or None) as epoch seconds; inf when there is none."""
+    """Celery's ``expires`` (ISO 8601, UTC where it names no zone, or None) as epoch seconds; inf when there is none."""
     if not isinstance(expires, str):
         return math.inf
     try:
-        return datetime.fromisoformat(expires).timestamp()
-    except ValueError:
+        moment = datetime.fromisoformat(expires)
+        return (moment if moment.tzinfo else moment.replace(tzinfo=UTC)).timestamp()
+    except (ValueError, OverflowError):
         return math.inf
 
 
+def _mapping(value: Any) -> Mapping[str, Any]:
+    """A part of a message that should be a mapping; an empty one where a foreign client sent something else."""
+    return value if isinstance(value, Mapping) else {}
+
+
 def _number(value: Any) -> float | None:
-    return float(value) if isinstance(value, int | float) else None
+    """A finite number, or None."""
+    try:
+        number = float(value) if isinstance(value, int | float) else math.nan
+    except OverflowError:
+        return None
+    return number if math.isfinite(number) else None
