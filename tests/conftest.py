@@ -8,10 +8,15 @@ from pathlib import Path
 
 import pytest
 import redis
+from celery.result import AsyncResult
 
 from cortex_tasks.config import FleetConfig, load_fleet
 from tests.support.redis_server import RedisServer, redis_executable
 from tests.support.worker_process import QUEUES_FILE, WorkerProcess
+
+# It unsubscribes a result that is collected. A result that outlives its test's Redis would try that for seconds and
+# warn, wherever the collection happens: within ``ast.parse``, CPython 3.11 dies of it.
+del AsyncResult.__del__
 
 
 @pytest.fixture(scope="session")
@@ -45,9 +50,8 @@ def echo_fleet() -> FleetConfig:
 def echo_worker(tmp_path_factory: pytest.TempPathFactory) -> Iterator[WorkerProcess]:
     """A worker of echo models with a Redis of its own, shared by a module's tests."""
     directory = tmp_path_factory.mktemp("worker")
-    with RedisServer(directory=directory) as server:
-        with WorkerProcess(server.url, directory / "worker.log") as worker:
-            yield worker
+    with RedisServer(directory=directory) as server, WorkerProcess(server.url, directory / "worker.log") as worker:
+        yield worker
 
 
 @pytest.fixture
