@@ -18,7 +18,9 @@ def listed(client: Any, queue: str) -> None:
     for raw in client.lrange(dead_letter_key(queue), 0, -1):
         entry = json.loads(raw)
         when = datetime.fromtimestamp(entry["at"]).isoformat(" ", "seconds")
-        shown = entry["message"]["headers"].get("kwargsrepr", "")
+        message = entry["message"]
+        # Anyone may write to a queue: a message that cannot be read is parked as the text it was.
+        shown = message["headers"].get("kwargsrepr", "") if isinstance(message, dict) else message[:100]
         print(f"{entry['id']}  {when}  {entry['reason']}\n    {shown}")
 
 
@@ -28,6 +30,8 @@ def take_out(client: Any, queue: str, job_id: str, *, retry: bool) -> None:
     if not found:
         raise SystemExit(f"no job {job_id} on {key}")
     message = json.loads(found[0])["message"]
+    if retry and not isinstance(message, dict):
+        raise SystemExit(f"job {job_id} cannot be read: it can only be dropped")
     with client.pipeline() as pipe:
         # Without this it would be parked again at once.
         pipe.delete(f"cortex:attempts:{job_id}")

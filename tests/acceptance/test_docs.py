@@ -10,7 +10,7 @@ import subprocess
 import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_origin
 
 import click
 import pydantic
@@ -147,8 +147,7 @@ def keys_of(model: type[pydantic.BaseModel], prefix: str = "") -> Iterator[tuple
     """Every key of a section with its default, as dotted paths; a mapping's names are written <alias> or <name>."""
     for name, field in model.model_fields.items():
         kind, path = field.annotation, f"{prefix}{name}"
-        values = getattr(kind, "__args__", ())
-        inner = values[1] if getattr(kind, "__origin__", None) is dict else kind
+        inner = get_args(kind)[1] if get_origin(kind) is dict else kind
         if isinstance(inner, type) and issubclass(inner, pydantic.BaseModel):
             step = {"models": ".<alias>", "images": ".<name>"}.get(name, "")
             yield from keys_of(inner, f"{path}{step}.")
