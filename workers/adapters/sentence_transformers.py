@@ -27,6 +27,7 @@ from workers.adapters._torch import (
     window_of,
 )
 from workers.adapters.base import Adapter, Item, LoadContext, WireValue
+from workers.engines.onednn import use_onednn
 
 _PROBE = "The quick brown fox, 42 times."
 _TOKEN_FEATURES = frozenset({"input_ids", "attention_mask", "token_type_ids"})
@@ -49,6 +50,8 @@ class SentenceTransformersAdapter(Adapter):
 
     The library's modules run as they are; only tokenising (once, before batching) and padding are done here.
     """
+
+    version = "2"
 
     def __init__(self, model: SentenceTransformer, options: EmbedOptions) -> None:
         self._model = model
@@ -74,7 +77,7 @@ class SentenceTransformersAdapter(Adapter):
             _check(model, options, context)
             if options.max_seq_length is not None:
                 model.max_seq_length = window_of(options.max_seq_length, model.max_seq_length)
-            model.eval().requires_grad_(False)
+            use_onednn(model.eval().requires_grad_(False))
             return cls(model, options)
 
     @property

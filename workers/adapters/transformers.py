@@ -17,6 +17,7 @@ from workers.adapters._heads import HEADS, Head, Loaded
 from workers.adapters._options import Options, read_options
 from workers.adapters._torch import dtype_of, loading, release, size_of, window_of
 from workers.adapters.base import Adapter, Item, LoadContext, WireValue
+from workers.engines.onednn import use_onednn
 
 _LOCAL: Final = {"local_files_only": True, "trust_remote_code": False}
 #: For a model that names no limit at all.
@@ -39,6 +40,8 @@ class TransformersAdapter(Adapter):
     The tasks of a model share one copy of the weights: ``features`` reads the encoder inside the model that another
     task loaded.
     """
+
+    version = "2"
 
     def __init__(self, heads: dict[str, Head[Any]], models: list[Any]) -> None:
         self._heads = heads
@@ -122,4 +125,6 @@ def _load_model(kind: Any, snapshot: Path, context: LoadContext) -> Any:
             "take the task from its tasks, or take a source that was fine-tuned for it",
             {"model": context.alias, "missing": missing[:20]},
         )
-    return model.eval().requires_grad_(False).to(context.device)
+    model.eval().requires_grad_(False).to(context.device)
+    use_onednn(model)
+    return model

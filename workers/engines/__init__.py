@@ -1,0 +1,1 @@
+"""What runs a transformer's layers: one file an engine. Importing this imports none of them."""
