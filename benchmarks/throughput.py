@@ -63,7 +63,9 @@ def measure(seconds: float, say: Say) -> Figures:
         say("SentenceTransformer.encode")
         figures["encode_ratio"] = raw.share(_encode, engine, raw.count)
         figures |= _naive(raw, about["snapshot"], seconds / 2, say)
-    return {"raw_per_s": raw.per_s, "raw_rates_per_s": raw.rates, "threads": about["threads"], **figures}
+    spread = max(raw.rates) / min(raw.rates)
+    about_raw = {"raw_spread": spread, "raw_rates_per_s": raw.rates, "threads": about["threads"]}
+    return {"raw_per_s": raw.per_s, **about_raw, **figures}
 
 
 def _fleet(raw: _Raw, seconds: float, say: Say) -> Figures:
@@ -147,6 +149,7 @@ BENCHMARK: Final = Benchmark(
     "How much of MiniLM's own speed is left: shares of the raw engine in the same minutes",
     (
         Row("raw_per_s", "raw engine, in-process", "texts/s"),
+        Row("raw_spread", "  its fastest measurement over its slowest: is the machine quiet?", "×", at_most=1.25),
         Row("map_ratio", "Cortex.map from one client", "of raw", at_least=0.95),
         Row("singles_ratio", f"single texts from one client, {_MANY} in flight", "of raw", at_least=0.9),
         Row("singles_256_ratio", "  256 in flight", "of raw"),
