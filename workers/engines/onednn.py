@@ -15,7 +15,7 @@ __all__ = ["OneDnnLinear", "use_onednn"]
 class OneDnnLinear(nn.Linear):
     """A Linear for inference on a CPU: same parameters, same answer but for rounding, no gradients."""
 
-    def forward(self, input: torch.Tensor) -> torch.Tensor:
+    def forward(self, input: torch.Tensor) -> torch.Tensor:  # noqa: A002 - as torch names it
         """``(..., in_features)`` -> ``(..., out_features)``, in the weights' type (float32 or bfloat16)."""
         if input.numel() == 0:
             return super().forward(input)
