@@ -13,6 +13,10 @@ from celery.result import AsyncResult
 from cortex_tasks.config import FleetConfig, load_fleet
 from tests.support.redis_server import RedisServer, redis_executable
 from tests.support.worker_process import QUEUES_FILE, WorkerProcess
+from workers.resources import calm_openmp
+
+# Tests share the cores with the workers they start.
+calm_openmp()
 
 # It unsubscribes a result that is collected. A result that outlives its test's Redis would try that for seconds and
 # warn, wherever the collection happens: within ``ast.parse``, CPython 3.11 dies of it.
