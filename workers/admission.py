@@ -122,7 +122,7 @@ class Admission:
             if job in unwanted:
                 continue
             model = self._registry.model(job.model)
-            if job.open_items == 0:
+            if job.open_items == 0 or job.failure is not None:
                 self._finish(job)
             elif model.state == "ready":
                 groups[job.group].append(job)
@@ -152,13 +152,17 @@ class Admission:
             threading.Thread(target=self._load, args=(model.alias,), name=f"load-{model.alias}", daemon=True).start()
 
     def _load(self, alias: str) -> None:
-        """On the loading thread: load, then let the parked jobs come in again."""
+        """On the loading thread: load, then let the parked jobs come in again, with the reason if it failed."""
+        failure: CortexError | None = None
         try:
             self._registry.load(alias)
-        except CortexError:
-            logger.debug("load of %s failed; its jobs get the reason", alias)
+        except CortexError as error:
+            failure = error
         with self._lists:
-            self._incoming.extend(self._parked.pop(alias, []))
+            jobs = self._parked.pop(alias, [])
+            for job in jobs:
+                job.failure = failure
+            self._incoming.extend(jobs)
         self._wake()
 
     # ------------------------------------------------------------------------------ preparation

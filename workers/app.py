@@ -25,7 +25,7 @@ from workers.celery_hooks.transport import register_transport
 from workers.dead_letters import DeadLetters
 from workers.health import Health
 from workers.registry import Registry
-from workers.resources import device, threads_for
+from workers.resources import calm_openmp, device, threads_for
 from workers.runner import Runner
 from workers.runtime import Job, answer, run_alone
 from workers.tasks import register_tasks, to_job
@@ -41,6 +41,9 @@ _DISPATCHER: Final = "workers.celery_hooks.events:TurnDispatcher"
 _BACKEND: Final = "workers.celery_hooks.backend:BatchedRedisBackend"
 
 
+calm_openmp()
+
+
 class Wiring:
     """What the worker's parts share: ``app.cortex``. Built when a worker starts, not when the module is imported."""
 
@@ -53,6 +56,8 @@ class Wiring:
         self._registry: Registry | None = None
         self._registry_lock = threading.Lock()
         self._runners: dict[str, Runner] = {}
+        self._local: Runner
+        self._events: Events
         self._lease_keeper: LeaseKeeper | None = None
         self.health: Health | None = None
 
@@ -92,20 +97,16 @@ class Wiring:
     def start(self, events: Events) -> None:
         """Load the pinned models, side by side, and start the threads. Returns when all are warm or known to fail."""
         registry = self.registry
-        self._runners = {
-            alias: Runner(alias, registry, events) for alias, m in registry.models.items() if m.config.children
-        }
-        local = Runner("local", registry, events)
-        for alias in registry.models:
-            self._runners.setdefault(alias, local)
-        runners = list(dict.fromkeys(self._runners.values()))
+        self._events = events
+        self._local = Runner("local", registry, events)
+        self._runners = {alias: self._runner_for(alias) for alias in registry.models}
         self.health = Health(
             node=self.node,
             image=self.image,
             host=socket.gethostname(),
-            queues=self.queues,
+            queues=lambda: self.queues,
             registry=registry,
-            runners=runners,
+            runners=self._all_runners,
             in_flight=getattr(events, "in_flight", dict),
             connect=self.connect,
         )
@@ -113,7 +114,7 @@ class Wiring:
         pinned = [alias for alias, model in registry.models.items() if model.config.load == "pinned"]
         with ThreadPoolExecutor(max_workers=max(1, len(pinned)), thread_name_prefix="load") as executor:
             list(executor.map(self._load_pinned, pinned))
-        for runner in runners:
+        for runner in self._all_runners():
             runner.start()
         if self.settings.transport == "cortex":
             self._lease_keeper = LeaseKeeper(self.connect, self.fleet.delivery.lease_s)
@@ -127,13 +128,34 @@ class Wiring:
             logger.error("pinned model %s is unavailable; the worker starts without it", alias)
 
     def submit(self, job: Job) -> None:
-        self._runners[job.model].submit(job)
+        """Raises UnknownModel when this worker does not serve the job's model."""
+        (self._runners.get(job.model) or self._adopt(job.model)).submit(job)
+
+    def _adopt(self, alias: str) -> Runner:
+        """The runner of a model whose queue was added while the worker runs (``celery control add_consumer``)."""
+        if self.fleet.models[alias].queue in self.queues:
+            self.registry.add(alias, self.fleet.models[alias])
+        runner = self._runners[alias] = self._runner_for(alias)
+        if runner.ident is None:
+            runner.start()
+        return runner
+
+    def _runner_for(self, alias: str) -> Runner:
+        hosted = self.registry.model(alias).config.children > 0
+        return Runner(alias, self.registry, self._events) if hosted else self._local
+
+    def _all_runners(self) -> list[Runner]:
+        return list(dict.fromkeys(list(self._runners.values())))
+
+    def note_errors(self, count: int) -> None:
+        if count and self.health is not None:
+            self.health.errors += count
 
     def stop_runners(self) -> list[Runner]:
         """Tell the runners to finish what has started; returns those still to be joined."""
         if self.health is not None:
             self.health.announce("stopping")
-        runners = [runner for runner in dict.fromkeys(self._runners.values()) if runner.ident is not None]
+        runners = [runner for runner in self._all_runners() if runner.ident is not None]
         for runner in runners:
             runner.stop()
         return runners

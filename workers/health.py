@@ -49,9 +49,9 @@ class Health(threading.Thread):
         node: str,
         image: str,
         host: str,
-        queues: Sequence[str],
+        queues: Callable[[], Sequence[str]],
         registry: Registry,
-        runners: Sequence[Runner],
+        runners: Callable[[], Sequence[Runner]],
         in_flight: Callable[[], dict[str, int]],
         connect: Callable[[], Any],
         exit_process: Callable[[int], Any] = os._exit,
@@ -61,7 +61,7 @@ class Health(threading.Thread):
         self._node = node
         self._image = image
         self._host = host
-        self._queues = tuple(queues)
+        self._queues = queues
         self._registry = registry
         self._runners = runners
         self._in_flight = in_flight
@@ -72,6 +72,7 @@ class Health(threading.Thread):
         self._started_at_s = time.time()
         self._wake = threading.Event()
         self._ended = False
+        #: Inputs and jobs that failed; counted by the pool.
         self.errors = 0
 
     def run(self) -> None:
@@ -110,7 +111,7 @@ class Health(threading.Thread):
             image=self._image,
             host=self._host,
             pid=os.getpid(),
-            queues=self._queues,
+            queues=tuple(self._queues()),
             state=self.state,
             models=models,
             started_at=self._started_at_s,
@@ -138,10 +139,10 @@ class Health(threading.Thread):
         A pass that hangs in the process cannot be cancelled: with the process gone, its jobs' leases run out, the
         supervisor starts another worker, and the job that did it is counted as a suspect.
         """
-        for runner in self._runners:
-            since_s, alias = runner.busy_since_s, runner.busy_model
-            if since_s is None or alias not in self._registry.models:
+        for runner in self._runners():
+            if (running := runner.running) is None:
                 continue
+            alias, since_s = running
             config = self._registry.models[alias].config
             # Children are killed by their host at the limit; the host itself gets twice the time.
             limit_s = config.limits.time_limit_s * (2 if config.children else 1)

@@ -130,6 +130,12 @@ class Registry:
             )
         return found
 
+    def add(self, alias: str, config: ModelConfig) -> None:
+        """Serve one more model, loaded when its first job comes."""
+        self._locks[alias] = threading.Lock()
+        # Replaced as a whole: other threads walk over it.
+        self.models = {**self.models, alias: Model(alias, config)}
+
     def may_load(self, model: Model) -> bool:
         """Whether a load should be tried now: not ready, and not failed a moment ago."""
         if model.state == "ready" or model.error is None:
@@ -146,7 +152,8 @@ class Registry:
             model.state = "loading"
             try:
                 self._load(model)
-            except Exception as error:
+            except (Exception, SystemExit) as error:
+                # SystemExit: some libraries end the program where they miss something.
                 model.error = _as_unavailable(alias, error)
                 model.failed_at_s = self._clock()
                 model.reason = str(model.error)
@@ -162,7 +169,11 @@ class Registry:
     def close(self) -> None:
         for model in self.models.values():
             if model.adapter is not None:
-                model.adapter.close()
+                try:
+                    model.adapter.close()
+                except Exception:
+                    # The others hold memory and child processes as well.
+                    logger.exception("model %s could not be closed", model.alias)
 
     def _load(self, model: Model) -> None:
         config = model.config
@@ -183,13 +194,14 @@ class Registry:
         loaded = self._clock()
         try:
             _warm(adapter, config.tasks)
+            learner = self._learner(config, adapter)
         except BaseException:
             adapter.close()
             raise
         model.adapter = adapter
         model.revision = revision_of(config, adapter, snapshot.digest)
         model.reason = adapter.note or missing
-        model.learner = self._learner(config, adapter)
+        model.learner = learner
         model.load_ms, model.warm_ms = (loaded - started) * 1e3, (self._clock() - loaded) * 1e3
 
     def _learner(self, config: ModelConfig, adapter: Adapter) -> BudgetLearner | None:
@@ -245,7 +257,7 @@ def _warm(adapter: Adapter, tasks: Iterable[str]) -> None:
         adapter.finish(task, good, adapter.forward(task, good, params), params)
 
 
-def _as_unavailable(alias: str, error: Exception) -> CortexError:
+def _as_unavailable(alias: str, error: BaseException) -> CortexError:
     if isinstance(error, CortexError):
         return error
     # Not a known cause (a full disk, no memory, a torn file): the same load may succeed later.

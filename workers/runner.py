@@ -12,7 +12,7 @@ import logging
 import threading
 import time
 from collections.abc import Sequence
-from typing import Final
+from typing import Final, NamedTuple
 
 from cortex_tasks.errors import CortexError
 from workers.adapters import Item
@@ -21,12 +21,20 @@ from workers.batching import Batch
 from workers.registry import Model, Registry
 from workers.runtime import Job, forward_isolating
 
-__all__ = ["Runner"]
+__all__ = ["Runner", "Running"]
 
 logger = logging.getLogger(__name__)
 
 #: Passes that usually take longer than this are worth a hand-over to the preparer.
 _LONG_PASS_S: Final = 0.005
+
+
+class Running(NamedTuple):
+    """A forward pass."""
+
+    model: str
+    #: Monotonic seconds.
+    since_s: float
 
 
 class Runner(threading.Thread):
@@ -44,9 +52,8 @@ class Runner(threading.Thread):
         self._preparer = threading.Thread(target=self._prepare, name=f"preparer-{name}", daemon=True)
         self._stopping = False
         self._usual_pass_s = 0.0
-        #: Monotonic seconds since when a forward pass has been running; None between passes.
-        self.busy_since_s: float | None = None
-        self.busy_model: str = ""
+        #: The forward pass that is running; None between passes. Replaced as a whole, for the watchdog's thread.
+        self.running: Running | None = None
 
     # ------------------------------------------------------------------ called by other threads
 
@@ -70,7 +77,7 @@ class Runner(threading.Thread):
                 self._changed.notify()
 
     def _in_long_pass(self) -> bool:
-        return self.busy_since_s is not None and self._usual_pass_s > _LONG_PASS_S
+        return self.running is not None and self._usual_pass_s > _LONG_PASS_S
 
     # -------------------------------------------------------------------------- on its own threads
 
@@ -128,12 +135,11 @@ class Runner(threading.Thread):
             return
         model = self._registry.model(batch.group.model)
         self._start(slots)
-        self.busy_model, self.busy_since_s = model.alias, time.monotonic()
         started_s = time.perf_counter()
         try:
             outcomes = self._forward(model, batch, slots)
         finally:
-            self.busy_since_s = None
+            self.running = None
         pass_s = time.perf_counter() - started_s
         self._usual_pass_s += 0.2 * (pass_s - self._usual_pass_s)
         if model.learner is not None and len(slots) == len(batch.items):
@@ -177,6 +183,11 @@ class Runner(threading.Thread):
     def _forward(self, model: Model, batch: Batch[Slot], slots: list[Slot]) -> list[object]:
         """One outcome a slot."""
         adapter, task, params = model.loaded, batch.group.task, slots[0].job.params
+
+        def note_pass() -> None:
+            self.running = Running(model.alias, time.monotonic())
+
+        note_pass()
         items: list[Item] = []
         for slot in slots:
             item = slot.item
@@ -186,7 +197,7 @@ class Runner(threading.Thread):
                     return [prepared]
                 item = prepared
             items.append(item)
-        return forward_isolating(adapter, task, items, params)
+        return forward_isolating(adapter, task, items, params, note_pass)
 
     def _settle(self, model: Model, slots: list[Slot], outcomes: list[object], forward_ms: float) -> None:
         for job in _jobs_of(slots):

@@ -76,6 +76,11 @@ class Job:
         self.outcomes = [value if isinstance(value, CortexError) else None for value in self.inputs]
         self.open_items = self.outcomes.count(None)
 
+    @property
+    def errors(self) -> int:
+        """Items that failed; 1 for a job that failed as a whole."""
+        return 1 if self.failure else sum(isinstance(outcome, CortexError) for outcome in self.outcomes)
+
     def good_inputs(self) -> list[tuple[int, Any]]:
         """(index, input) of those that were not refused."""
         return [(i, value) for i, value in enumerate(self.inputs) if not isinstance(value, CortexError)]
@@ -87,12 +92,15 @@ class Job:
         return self.open_items == 0
 
 
-def forward_isolating(adapter: Adapter, task: str, items: Sequence[Item], params: Params) -> list[Any]:
+def forward_isolating(
+    adapter: Adapter, task: str, items: Sequence[Item], params: Params, on_pass: Callable[[], None] = lambda: None
+) -> list[Any]:
     """Forward and finish; a wire value or a CortexError an item, in order.
 
     When the batch raises it is cut in half, and so on, so that a bad item fails alone: with k bad ones among n,
-    about k log2 n extra passes.
+    about k log2 n extra passes. ``on_pass`` is called before each.
     """
+    on_pass()
     try:
         raw = adapter.forward(task, items, params)
         if len(raw) != len(items):
@@ -103,8 +111,8 @@ def forward_isolating(adapter: Adapter, task: str, items: Sequence[Item], params
             return [_as_item_error(error)]
     middle = len(items) // 2
     return [
-        *forward_isolating(adapter, task, items[:middle], params),
-        *forward_isolating(adapter, task, items[middle:], params),
+        *forward_isolating(adapter, task, items[:middle], params, on_pass),
+        *forward_isolating(adapter, task, items[middle:], params, on_pass),
     ]
 
 
