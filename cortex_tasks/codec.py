@@ -65,7 +65,7 @@ def priority_of(lane: Lane) -> int:
     return _LANE_PRIORITY[lane]
 
 
-def lane_of(priority: int | None) -> Lane:
+def lane_of(priority: float | None) -> Lane:
     """The lane of a message's priority (None counts as 0)."""
     return "bulk" if (priority or 0) >= 6 else "interactive"
 
@@ -91,9 +91,10 @@ def reply_channel(client_id: str) -> str:
     return f"{_REPLY_PREFIX}{client_id}"
 
 
-def is_reply_channel(reply_to: str | None) -> bool:
-    """Whether a message's ``reply_to`` names a Cortex client's channel (stock Celery puts a bare id there)."""
-    return reply_to is not None and reply_to.startswith(_REPLY_PREFIX)
+def is_reply_channel(reply_to: Any) -> bool:
+    """Whether a message's ``reply_to`` names a Cortex client's channel (stock Celery puts a bare id there, and
+    anyone may put anything there)."""
+    return isinstance(reply_to, str) and reply_to.startswith(_REPLY_PREFIX) and reply_to.isascii()
 
 
 # ------------------------------------------------------------------------------------------------- answers

@@ -1,17 +1,18 @@
 """Attempts of suspect jobs, and the list where poison is parked, in Redis.
 
 ``cortex:dead:<queue>`` holds JSON objects ``{"id", "reason", "at", "message"}``, newest first, at most
-DEAD_LETTERS_MAX; ``message`` is the job's message as it was, so that it can be put back into its queue.
+DEAD_LETTERS_MAX; ``message`` is the job's message as it was (text where it was no JSON), so that it can be put back
+into its queue.
 """
 
 from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any, Final
 
-__all__ = ["DEAD_LETTERS_MAX", "DeadLetters", "dead_letter_key"]
+__all__ = ["DEAD_LETTERS_MAX", "DeadLetters", "add_dead_letter", "dead_letter_key"]
 
 DEAD_LETTERS_MAX: Final = 10_000
 _ATTEMPTS_TTL_S: Final = 86_400
@@ -19,6 +20,13 @@ _ATTEMPTS_TTL_S: Final = 86_400
 
 def dead_letter_key(queue: str) -> str:
     return f"cortex:dead:{queue}"
+
+
+def add_dead_letter(pipe: Any, queue: str, job_id: str, reason: str, message: Any, at_s: float) -> None:
+    """Let a redis-py pipeline park a message (JSON types) on its queue's list. ``at_s``: epoch seconds."""
+    entry = json.dumps({"id": job_id, "reason": reason, "at": at_s, "message": message})
+    pipe.lpush(dead_letter_key(queue), entry)
+    pipe.ltrim(dead_letter_key(queue), 0, DEAD_LETTERS_MAX - 1)
 
 
 class DeadLetters:
@@ -42,10 +50,8 @@ class DeadLetters:
             pipe.expire(key, _ATTEMPTS_TTL_S)
             return int(pipe.execute()[0])
 
-    def park(self, queue: str, job_id: str, reason: str, message: Mapping[str, Any]) -> None:
+    def park(self, queue: str, job_id: str, reason: str, message: Any) -> None:
         """Put a job on its queue's dead-letter list."""
-        entry = json.dumps({"id": job_id, "reason": reason, "at": self._clock(), "message": message})
         with self._redis.pipeline() as pipe:
-            pipe.lpush(dead_letter_key(queue), entry)
-            pipe.ltrim(dead_letter_key(queue), 0, DEAD_LETTERS_MAX - 1)
+            add_dead_letter(pipe, queue, job_id, reason, message, self._clock())
             pipe.execute()

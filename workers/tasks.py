@@ -48,7 +48,7 @@ class InferenceTask(Task):
     #: Expected failures: logged in a line, without a traceback.
     throws = (CortexError,)
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+    def __call__(self, /, *args: Any, **kwargs: Any) -> Any:
         outcome = slot.take()
         if outcome is None:
             outcome = self.app.cortex.run_alone(self, args, kwargs)

@@ -6,8 +6,9 @@ duplicate from overwriting a success. Ours are idempotent: a second run of a job
 
 from __future__ import annotations
 
+import logging
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -15,8 +16,11 @@ from celery import states
 from celery.backends.redis import RedisBackend
 
 from cortex_tasks.codec import is_reply_channel
+from cortex_tasks.errors import InferenceFailed
 
 __all__ = ["BatchedRedisBackend"]
+
+logger = logging.getLogger(__name__)
 
 
 class _Stored(NamedTuple):
@@ -30,10 +34,14 @@ class _Stored(NamedTuple):
 class BatchedRedisBackend(RedisBackend):
     """Stock, except between ``collecting`` and ``flush``, and for the message on a client's reply channel."""
 
+    #: Redis takes no longer values (``proto-max-bulk-len``); it closes the connection on one.
+    answer_max_bytes = 512 * 1024 * 1024
+
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._collecting = False
         self._stored: list[_Stored] = []
+        self._told_refused = False
 
     @contextmanager
     def collecting(self) -> Iterator[None]:
@@ -45,20 +53,43 @@ class BatchedRedisBackend(RedisBackend):
             self._collecting = False
 
     def flush(self) -> None:
-        """Send what was collected in one round trip. On a connection error all of it is kept for the next try."""
+        """Send what was collected in one round trip. Raises what redis-py raises when something could not be stored,
+        and keeps all of it for the next try. An announcement that cannot be made is no loss: clients also look."""
         if not self._stored:
             return
         finished: dict[str, list[str]] = defaultdict(list)
         with self.client.pipeline(transaction=False) as pipe:
             for entry in self._stored:
                 pipe.set(entry.key, entry.payload, ex=entry.expires_s or None)
+            for entry in self._stored:
                 pipe.publish(entry.key, entry.payload)
                 if is_reply_channel(entry.reply_to):
                     finished[str(entry.reply_to)].append(entry.task_id)
             for channel, ids in finished.items():
                 pipe.publish(channel, " ".join(ids))
-            pipe.execute()
+            replies = pipe.execute(raise_on_error=False)
+        self._check(replies[: len(self._stored)], replies[len(self._stored) :])
         self._stored.clear()
+
+    def _check(self, stored: Sequence[Any], announced: Sequence[Any]) -> None:
+        for reply in stored:
+            if isinstance(reply, Exception):
+                raise reply
+        refused = next((reply for reply in announced if isinstance(reply, Exception)), None)
+        if refused is not None and not self._told_refused:
+            self._told_refused = True
+            logger.warning("Redis refuses to announce answers (clients find them by polling): %s", refused)
+
+    def encode(self, data: Any) -> Any:
+        """Raises InferenceFailed when the answer is longer than Redis takes."""
+        payload = super().encode(data)
+        if len(payload) > self.answer_max_bytes:
+            raise InferenceFailed(
+                f"the answer has {len(payload):,} bytes, over Redis's limit of {self.answer_max_bytes:,}; "
+                "send fewer inputs per job",
+                {"limit": self.answer_max_bytes, "got": len(payload)},
+            )
+        return payload
 
     def _store_result(
         self,
@@ -71,7 +102,8 @@ class BatchedRedisBackend(RedisBackend):
     ) -> Any:
         reply_to = getattr(request, "reply_to", None)
         # A chord's or group's part is read back at once by the join: never hold it back.
-        part = request is not None and (request.chord or request.group)
+        # (Celery's stand-in for the request of an unknown task has no group.)
+        part = request is not None and (request.chord or getattr(request, "group", None))
         if self._collecting and not part and state in states.READY_STATES:
             meta = self._get_result_meta(result=result, state=state, traceback=traceback, request=request)
             meta["task_id"] = task_id

@@ -15,12 +15,17 @@ import time
 import weakref
 from collections import deque
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any, Final
 
 from kombu.transport import redis as kombu_redis
 from kombu.transport import virtual
+from kombu.utils.json import dumps, loads
+from redis.exceptions import RedisError, ResponseError
 
-__all__ = ["LeaseKeeper", "LeasedQoS", "flush_acks"]
+from workers.celery_hooks import malformed
+
+__all__ = ["LeaseKeeper", "LeasedQoS", "flush_acks", "let_go"]
 
 logger = logging.getLogger(__name__)
 
@@ -43,7 +48,14 @@ class LeasedQoS(kombu_redis.QoS):
         self.recorded: set[str] = set()
         #: Tags acknowledged in this turn of the hub.
         self.acked: list[str] = []
+        #: Tags of the bulk messages that are held.
+        self.bulk: set[str] = set()
+        self._quick_ack = self._settled
         _live.add(self)
+
+    def _settled(self, delivery_tag: str) -> None:
+        self.bulk.discard(delivery_tag)
+        self._dirty.add(delivery_tag)
 
     @property
     def connected(self) -> bool:
@@ -73,16 +85,55 @@ class LeasedQoS(kombu_redis.QoS):
         try:
             with self.channel.conn_or_acquire() as client:
                 _acknowledge(client, tags)
+        except ResponseError as error:
+            _late_acks.extend(tags)
+            logger.warning("Redis refuses acknowledgements: %s; trying again", error)
         except Exception:
             _late_acks.extend(tags)
             raise
 
+    def let_go(self, delivery_tag: str) -> None:
+        """Hold a message no more, whatever is recorded in Redis."""
+        self.recorded.discard(delivery_tag)
+        if delivery_tag in self._delivered:
+            self._quick_ack(delivery_tag)
+
     def reject(self, delivery_tag: str, requeue: bool = False) -> None:
-        if self.connected:
-            super().reject(delivery_tag, requeue=requeue)
-        else:
+        if not self.connected:
             # Not renewed any more: another worker gets it when the lease ends.
             self._quick_ack(delivery_tag)
+        elif requeue:
+            self._give_back(delivery_tag)
+            self._quick_ack(delivery_tag)
+        else:
+            super().reject(delivery_tag)
+
+    def _give_back(self, delivery_tag: str) -> None:
+        """Put a message back where it was: next in line, and not marked as redelivered, which would make it a
+        suspect. (Stock kombu marks it and puts it at the end.)"""
+
+        def transaction(pipe: Any) -> None:
+            record = pipe.hget(self.unacked_key, delivery_tag)
+            pipe.multi()
+            self._remove_from_indices(delivery_tag, pipe)
+            if record:
+                message, exchange, routing_key = loads(record)
+                priority = self.channel._get_message_priority(message, reverse=False)
+                for queue in self.channel._lookup(exchange, routing_key):
+                    pipe.rpush(self.channel._q_for_pri(queue, priority), dumps(message))
+
+        with self.channel.conn_or_acquire() as client:
+            client.transaction(transaction, self.unacked_key)
+
+    def restore_by_tag(self, tag: Any, client: Any = None, leftmost: bool = False) -> None:
+        """Stock, but a record that cannot be read is parked instead of stopping the sweep for good."""
+        try:
+            super().restore_by_tag(tag, client=client, leftmost=leftmost)
+        except malformed.UNREADABLE as error:
+            with self.channel.conn_or_acquire(client) as redis:
+                record = redis.hget(self.unacked_key, tag) or b""
+                raw, queue = malformed.split_record(record)
+                malformed.park(redis, (self.unacked_key, self.unacked_index_key), queue, tag, raw, error)
 
     def held_tags(self) -> list[str]:
         """Delivery tags not yet acknowledged. Called by another thread than the one that changes them."""
@@ -101,6 +152,13 @@ def _acknowledge(client: Any, tags: list[str]) -> None:
             pipe.zrem(_UNACKED_INDEX, *chunk)
             pipe.hdel(_UNACKED, *chunk)
         pipe.execute()
+
+
+def let_go(message: Any) -> None:
+    """Hold a message no more: it is delivered again when its lease ends."""
+    qos = message.channel.qos
+    if isinstance(qos, LeasedQoS):
+        qos.let_go(message.delivery_tag)
 
 
 def flush_acks() -> None:
@@ -139,7 +197,8 @@ class LeaseKeeper(threading.Thread):
         if not tags and not _late_acks:
             return 0
         self._client = self._client or self._connect()
-        self._acknowledge_late()
+        if _late_acks:
+            self._acknowledge_late()
         now_s = self._clock()
         for start in range(0, len(tags), _CHUNK):
             # XX: a message acknowledged meanwhile must not come back.
@@ -147,11 +206,22 @@ class LeaseKeeper(threading.Thread):
         return len(tags)
 
     def _acknowledge_late(self) -> None:
-        tags = list(_late_acks)
-        if tags:
+        tags: list[str] = []
+        # The hub's thread appends meanwhile.
+        while _late_acks:
+            tags.append(_late_acks.popleft())
+        try:
             _acknowledge(self._client, tags)
-            for _ in tags:
-                _late_acks.popleft()
+        except Exception:
+            _late_acks.extendleft(reversed(tags))
+            raise
 
     def stop(self) -> None:
+        """End the thread, and deliver what is left of late acknowledgements."""
         self._stopped.set()
+        if self.ident is not None:
+            self.join(5.0)
+        if _late_acks:
+            with suppress(RedisError, OSError):
+                self._client = self._client or self._connect()
+                self._acknowledge_late()

@@ -27,9 +27,9 @@ from celery.concurrency.base import BasePool, apply_target
 from celery.worker import state as worker_state
 from redis.exceptions import RedisError
 
-from cortex_tasks.errors import CortexError, PoisonJob
+from cortex_tasks.errors import CortexError, InferenceFailed, InvalidInput, PoisonJob
 from workers.celery_hooks.backend import BatchedRedisBackend
-from workers.celery_hooks.leases import flush_acks
+from workers.celery_hooks.leases import flush_acks, let_go
 from workers.runtime import Job, answer
 from workers.tasks import InferenceTask, slot, to_job
 
@@ -67,6 +67,14 @@ class Ticket:
     def terminate(self, signal: Any = None) -> None:
         """Celery's ``revoke(terminate=True)``: a job that has not started is dropped, a started one finishes."""
         self.pool.terminate_job(self.number, signal)
+
+
+def _as_refusal(job_id: str, error: Exception) -> CortexError:
+    """What a job that could not be read fails with."""
+    if isinstance(error, CortexError):
+        return error
+    logger.error("job %s could not be read", job_id, exc_info=error)
+    return InvalidInput(f"the job cannot be read: {type(error).__name__}: {str(error)[:200]}")
 
 
 class BatchingPool(BasePool):
@@ -119,7 +127,8 @@ class BatchingPool(BasePool):
             self._drain()
             if self._unstored:
                 time.sleep(_FLUSH_RETRY_S)
-        for ticket in list(self._tickets.values()):
+        # The last one given back is the first in line.
+        for ticket in reversed(list(self._tickets.values())):
             self._give_back(ticket)
         self.app.cortex.close()
 
@@ -155,22 +164,25 @@ class BatchingPool(BasePool):
         ticket = Ticket(
             self, next(self._numbers), request, target, target_args, accept_callback, callback, error_callback
         )
+        given, named, callbacks = request._payload
+        if not (isinstance(task_id, str) and isinstance(given, list | tuple) and isinstance(named, dict)):
+            raise TypeError("a job's id must be a text, its arguments a list and a mapping")
+        if not isinstance(callbacks, dict | None):
+            raise TypeError("a job's callbacks must be a mapping")
         self._tickets[ticket.number] = ticket
         try:
             ticket.job = self._read(ticket, name, task_id, headers)
-        except CortexError as error:
-            ticket.outcome = error
+            self.app.cortex.submit(ticket.job)
+        except Exception as error:
+            self.app.cortex.note_errors(1)
+            ticket.outcome = _as_refusal(task_id, error)
             self._complete([ticket])
             self._wake()
-            return ticket
-        self.app.cortex.submit(ticket.job)
         return ticket
 
     def _read(self, ticket: Ticket, name: str, task_id: str, headers: dict[str, Any]) -> Job:
         args, kwargs, _ = ticket.request._payload
-        cortex = self.app.cortex
-        job = to_job(task_id, name, args, kwargs, cortex.fleet, headers)
-        cortex.registry.model(job.model)
+        job = to_job(task_id, name, args, kwargs, self.app.cortex.fleet, headers)
         job.suspect = bool(ticket.request.delivery_info.get("redelivered"))
         job.ticket = ticket
         return job
@@ -193,13 +205,17 @@ class BatchingPool(BasePool):
         """Count a suspect's attempts (it runs alone, so only a guilty one dies again); park it beyond the limit."""
         cortex = self.app.cortex
         limit = cortex.fleet.models[job.model].limits.attempts
-        attempts = cortex.dead_letters.count_attempt(job.id)
-        # Its first run, in a batch, was not counted.
-        if attempts < limit:
-            return None
         reason = f"its worker died {limit} times while running it"
-        request = job.ticket.request
-        cortex.dead_letters.park(cortex.fleet.models[job.model].queue, job.id, reason, request.message._raw)
+        try:
+            # Its first run, in a batch, was not counted.
+            if cortex.dead_letters.count_attempt(job.id) < limit:
+                return None
+            message = job.ticket.request.message._raw
+            cortex.dead_letters.park(cortex.fleet.models[job.model].queue, job.id, reason, message)
+        except (RedisError, OSError) as error:
+            # A job must not fail because Redis is away for a moment; a poison's next run counts again.
+            logger.warning("the attempts of job %s could not be counted: %s", job.id, type(error).__name__)
+            return None
         return PoisonJob(f"job {job.id} of model {job.model!r} was parked: {reason}", {"attempts": limit})
 
     def _tell(self, what: str, jobs: Sequence[Job]) -> None:
@@ -237,9 +253,14 @@ class BatchingPool(BasePool):
 
     def _outcome(self, job: Job | None) -> Any:
         assert job is not None
+        self.app.cortex.note_errors(job.errors)
         if job.failure is not None:
             return job.failure
-        return answer(job, self.app.cortex.registry.model(job.model).revision)
+        try:
+            return answer(job, self.app.cortex.registry.model(job.model).revision)
+        except Exception as error:
+            logger.exception("the answer of job %s could not be put together", job.id)
+            return InferenceFailed(f"the worker failed inside: {type(error).__name__}: {error}")
 
     def _accept(self, tickets: Sequence[Ticket]) -> None:
         for ticket in tickets:
@@ -309,8 +330,9 @@ class BatchingPool(BasePool):
         try:
             call(returned)
         except (RedisError, OSError) as error:
-            # Not acknowledged: it is delivered again when its lease ends, and gives the same answer.
+            # It is delivered again when its lease ends, and gives the same answer.
             logger.warning("job %s was answered but not acknowledged: %s", ticket.request.id, type(error).__name__)
+            let_go(ticket.request.message)
         except Exception:
             # A user's own link or errback that cannot be sent: the job itself is answered.
             logger.exception("a callback of job %s failed", ticket.request.id)
@@ -320,8 +342,9 @@ class BatchingPool(BasePool):
         """A job that will not run: revoked or expired (Celery says so and acknowledges), or given back."""
         try:
             self._drop_now(ticket)
-        except (RedisError, OSError) as error:
+        except Exception as error:
             logger.warning("job %s could not be dropped: %s", ticket.request.id, type(error).__name__)
+            let_go(ticket.request.message)
             self._settle_unrun(ticket)
 
     def _drop_now(self, ticket: Ticket) -> None:
@@ -331,7 +354,7 @@ class BatchingPool(BasePool):
             self._settle_unrun(ticket)
         elif request.revoked():
             self._settle_unrun(ticket)
-        else:
+        elif not self.draining:
             self._give_back(ticket)
 
     def _settle_unrun(self, ticket: Ticket) -> None:
@@ -339,7 +362,7 @@ class BatchingPool(BasePool):
         self._forget(ticket)
 
     def _give_back(self, ticket: Ticket) -> None:
-        """Back to the head of its queue, for another worker."""
+        """Next in line in its queue again, for another worker."""
         if ticket.done or ticket.request.acknowledged:
             self._forget(ticket)
             return

@@ -22,7 +22,9 @@ from uuid import uuid4
 
 from kombu.transport import TRANSPORT_ALIASES
 from kombu.transport import redis as kombu_redis
+from redis.exceptions import RedisError, ResponseError
 
+from workers.celery_hooks import malformed
 from workers.celery_hooks.leases import LeasedQoS
 
 __all__ = ["TRANSPORT_NAME", "CortexTransport", "register_transport"]
@@ -37,19 +39,22 @@ _FETCH_MAX: Final = 256
 _WAIT_S: Final = 1
 #: A wait that is this much overdue sits on a dead connection.
 _OVERDUE_S: Final = 10.0
+#: How long to leave a Redis alone that refuses a command (no memory, a read-only replica, a key of another type).
+_BACK_OFF_S: Final = 1.0
 #: Priorities whose lists are waited for: the first of each lane.
 _WAITED_PRIORITIES: Final = (0, 9)
 
 # KEYS: unacked hash, unacked index, lists in order of service.
 # ARGV: room, now (epoch s), tag prefix, then the JSON-encoded queue name of each list.
 # Returns a flat list: number of the list (from 0), tag, message, ...
+# pcall: a key that holds no list must not abort the script with messages popped and not recorded.
 _FETCH = """
 local room, out = tonumber(ARGV[1]), {}
 local records, scores = {}, {}
 for i = 3, #KEYS do
   if room <= 0 then break end
-  local messages = redis.call('RPOP', KEYS[i], room)
-  if messages then
+  local messages = redis.pcall('RPOP', KEYS[i], room)
+  if messages and not messages.err then
     for _, message in ipairs(messages) do
       local tag = ARGV[3] .. room
       room = room - 1
@@ -85,17 +90,27 @@ class CortexChannel(kombu_redis.Channel):
         #: list key -> connection that waits for it, and since when (monotonic seconds; None: not waiting)
         self._waits: dict[str, Any] = {}
         self._waiting_since_s: dict[str, float | None] = {}
+        #: Monotonic seconds before which nothing is fetched.
+        self._resume_at_s = 0.0
 
     # --------------------------------------------------------------------------------- fetching
 
     def fetch_or_wait(self, loop: Any) -> None:
         """Called before each poll while there is room: take what there is, or see that all lists are waited for."""
-        self.qos.flush_acks()
         if self._all_waited_for():
             self._drop_overdue()
             return
-        if not self._fetch():
-            self._wait(loop)
+        if time.monotonic() < self._resume_at_s:
+            return
+        try:
+            if not self._fetch():
+                self._wait(loop)
+        except ResponseError as error:
+            self._back_off(error)
+
+    def _back_off(self, error: Exception) -> None:
+        self._resume_at_s = time.monotonic() + _BACK_OFF_S
+        logger.warning("Redis refuses to hand out messages: %s; trying again", error)
 
     def _fetch(self) -> int:
         """Take messages and deliver them; returns how many."""
@@ -118,10 +133,23 @@ class CortexChannel(kombu_redis.Channel):
         return len(got) // 3
 
     def _deliver(self, queue: str, tag: str, raw: bytes) -> None:
-        message = json.loads(raw)
-        message["properties"]["delivery_tag"] = tag
+        """Hand a message to its consumer. One that breaks its reading is parked: its neighbours come through."""
         self.qos.recorded.add(tag)
-        self.connection._deliver(message, queue)
+        try:
+            message = json.loads(raw)
+            message["properties"]["delivery_tag"] = tag
+            self.connection._deliver(message, queue)
+        except ResponseError as error:
+            # Nothing is wrong with the message: it comes again when its lease ends.
+            self.qos.let_go(tag)
+            self._back_off(error)
+        except (RedisError, OSError):
+            raise
+        except Exception as error:
+            self.qos.let_go(tag)
+            malformed.forget_request(raw, tag)
+            with self.conn_or_acquire() as client:
+                malformed.park(client, (self.unacked_key, self.unacked_index_key), queue, tag, raw, error)
 
     # ----------------------------------------------------------------------------------- waiting
 
@@ -153,6 +181,8 @@ class CortexChannel(kombu_redis.Channel):
             return
         try:
             connection.read_response()
+        except ResponseError as error:
+            self._back_off(error)
         except self.connection_errors:
             self._close_waits()
             raise
@@ -184,6 +214,13 @@ class CortexPoller(kombu_redis.MultiChannelPoller):
     """Stock, but with an event loop its channels fetch instead of BRPOP."""
 
     loop: Any = None
+
+    def on_poll_start(self) -> None:
+        if self.loop is not None:
+            # Of every channel: one that consumes no queue any more still acknowledges.
+            for channel in self._channels:
+                channel.qos.flush_acks()
+        super().on_poll_start()
 
     def _register_BRPOP(self, channel: CortexChannel) -> None:  # noqa: N802 (kombu's name)
         if self.loop is None:
