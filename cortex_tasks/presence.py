@@ -1,7 +1,8 @@
 """Who is there: what each worker writes about itself in Redis, and how everyone else reads it.
 
 A worker writes its card every few seconds under ``cortex:worker:<node>`` with a TTL, and its name into the
-sorted set ``cortex:workers`` (score: epoch seconds). A worker that dies leaves no card after PRESENCE_TTL_S.
+sorted set ``cortex:workers`` (score: epoch seconds). A worker that dies leaves no card after PRESENCE_TTL_S, and
+counts as silent well before.
 """
 
 from __future__ import annotations
@@ -10,10 +11,12 @@ from typing import Any, Final, Literal
 
 from pydantic import BaseModel, ConfigDict
 
-__all__ = ["PRESENCE_TTL_S", "WORKERS_KEY", "ModelCard", "WorkerCard", "read_cards", "worker_key"]
+__all__ = ["PRESENCE_TTL_S", "SILENT_AFTER_S", "WORKERS_KEY", "ModelCard", "WorkerCard", "read_cards", "worker_key"]
 
 WORKERS_KEY: Final = "cortex:workers"
 PRESENCE_TTL_S: Final = 15
+#: A worker that has not written its card for this long (three times its usual pause) is dead, stuck or cut off.
+SILENT_AFTER_S: Final = 6.0
 
 
 def worker_key(node: str) -> str:
@@ -67,6 +70,10 @@ class WorkerCard(_Card):
     items_per_s: float = 0.0
     #: Jobs taken from each queue and not yet answered (kombu's "unacked", by queue).
     in_flight: dict[str, int] = {}
+
+    def is_silent(self, now_s: float) -> bool:
+        """Whether the worker has stopped writing its card. ``now_s``: epoch seconds."""
+        return now_s - self.seen_at > SILENT_AFTER_S
 
 
 def parse_cards(raw: list[bytes | str | None]) -> list[WorkerCard]:

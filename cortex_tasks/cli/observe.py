@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from cortex_tasks.cli.exits import FAILED
 from cortex_tasks.config import FleetConfig, Settings, load_fleet, mask_url
 from cortex_tasks.errors import BrokerUnavailable
 from cortex_tasks.terminal import Style, style_for, table
@@ -22,7 +23,11 @@ if TYPE_CHECKING:
 
 __all__ = ["models", "open_redis", "status"]
 
-_COLOURS = {"ready": "green", "unavailable": "red", "loading": "yellow", "starting": "yellow", "stopping": "yellow"}
+_COLOURS = {"ready": "green", "unavailable": "red", "silent": "red"} | dict.fromkeys(
+    ("loading", "starting", "stopping"), "yellow"
+)
+#: The best one that a model has on any worker is its state.
+_MODEL_STATES = ("ready", "loading", "unavailable", "idle", "silent")
 
 
 @contextlib.contextmanager
@@ -75,7 +80,8 @@ def models(as_json: bool) -> None:
             cards = read_cards(redis)
     except BrokerUnavailable as error:
         click.echo(f"cortex: {error}; showing only what queues.yaml declares", err=True)
-    rows = [_model_row(fleet, alias, cards) for alias in fleet.models]
+    now_s = time.time()
+    rows = [_model_row(fleet, alias, cards, now_s) for alias in fleet.models]
     if as_json:
         click.echo(json.dumps([asdict(row) for row in rows]))
         return
@@ -92,12 +98,14 @@ def _cells(row: _ModelRow) -> tuple[str, ...]:
     return (row.alias, row.state, row.revision[:12] or "-", lists[0], row.queue, lists[1], lists[2])
 
 
-def _model_row(fleet: FleetConfig, alias: str, cards: Sequence[WorkerCard]) -> _ModelRow:
-    """One alias over all workers: the best state wins, the reason is that of the first that has one."""
+def _model_row(fleet: FleetConfig, alias: str, cards: Sequence[WorkerCard], now_s: float) -> _ModelRow:
+    """One alias over all workers: the best state wins, the reason is that of the first that has one. What a silent
+    worker says of its models no longer counts."""
     model = fleet.models[alias]
-    held = [(card.node, entry) for card in cards for entry in card.models if entry.alias == alias]
-    states = {entry.state for _, entry in held}
-    best = next((state for state in ("ready", "loading", "unavailable", "idle") if state in states), "no worker")
+    all_held = [(card, entry) for card in cards for entry in card.models if entry.alias == alias]
+    held = [(card.node, entry) for card, entry in all_held if not card.is_silent(now_s)]
+    states = {entry.state for _, entry in held} | ({"silent"} if len(held) < len(all_held) else set())
+    best = next((state for state in _MODEL_STATES if state in states), "no worker")
     return _ModelRow(
         alias=alias,
         state=best,
@@ -118,11 +126,12 @@ def _model_row(fleet: FleetConfig, alias: str, cards: Sequence[WorkerCard]) -> _
 @click.command()
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 @click.option("--check", is_flag=True, help="Exit with 1 when something is wrong, and say what on stderr.")
-def status(as_json: bool, check: bool) -> None:
+@click.option("--strict", is_flag=True, help="As --check; dead letters fail too.")
+def status(as_json: bool, check: bool, strict: bool) -> None:
     """Workers, queues, dead letters and Redis' memory.
 
-    --check fails when there is no worker, a pinned model is unavailable, or jobs wait on a queue that no worker
-    consumes.
+    --check fails when a model's queue has no worker that is ready (none, silent, or still starting), when a pinned
+    model is unavailable, and when jobs wait on a queue that no worker consumes. It warns of dead letters.
     """
     from cortex_tasks.depths import read_depths
     from cortex_tasks.presence import read_cards
@@ -134,34 +143,69 @@ def status(as_json: bool, check: bool) -> None:
         depths = read_depths(redis, fleet.queues, lease_s=fleet.delivery.lease_s, now_s=now_s)
         memory = redis.info("memory")
     used, limit = int(memory.get("used_memory", 0)), int(memory.get("maxmemory", 0))
-    faults = find_faults(fleet, cards, depths)
+    warnings = find_warnings(depths)
+    faults = find_faults(fleet, cards, depths, now_s) + (warnings if strict else [])
     if as_json:
         click.echo(json.dumps({
-            "workers": [card.model_dump(mode="json") for card in cards],
+            "workers": [{**card.model_dump(mode="json"), "silent": card.is_silent(now_s)} for card in cards],
             "queues": [{**asdict(depth), "ready": depth.ready, "total": depth.total} for depth in depths],
             "redis": {"used_memory_bytes": used, "maxmemory_bytes": limit},
             "faults": faults,
+            "warnings": warnings,
         }))  # fmt: skip
     else:
         _print_status(cards, depths, used, limit, now_s)
-    if check and faults:
-        click.echo("\n".join(f"cortex: {fault}" for fault in faults), err=True)
-        raise SystemExit(1)
+    if check or strict:
+        _tell(faults, [] if strict else warnings)
 
 
-def find_faults(fleet: FleetConfig, cards: Sequence[WorkerCard], depths: Sequence[QueueDepth]) -> list[str]:
-    """What an operator should look at, one sentence each."""
-    faults = [] if any(card.state == "ready" for card in cards) else ["no worker is ready"]
-    for card in cards:
+def _tell(faults: Sequence[str], warnings: Sequence[str]) -> None:
+    for line in [*faults, *(f"warning: {text}" for text in warnings)]:
+        click.echo(f"cortex: {line}", err=True)
+    if faults:
+        raise SystemExit(FAILED)
+
+
+def find_faults(
+    fleet: FleetConfig, cards: Sequence[WorkerCard], depths: Sequence[QueueDepth], now_s: float
+) -> list[str]:
+    """What keeps jobs from being answered, one sentence each."""
+    present = [card for card in cards if not card.is_silent(now_s)]
+    faults = [] if any(card.state == "ready" for card in present) else ["no worker is ready"]
+    for card in present:
         for model in card.models:
             declared = fleet.models.get(model.alias)
             if model.state == "unavailable" and declared is not None and declared.load == "pinned":
                 faults.append(f"pinned model {model.alias!r} is unavailable on {card.node}: {model.reason}")
-    consumed = {queue for card in cards for queue in card.queues}
-    for depth in depths:
-        if depth.ready and depth.queue not in consumed:
-            faults.append(f"{depth.ready:,} jobs wait on queue {depth.queue!r}, which no worker consumes")
+    waiting = {depth.queue: depth.ready for depth in depths}
+    served = {queue for card in present if card.state == "ready" for queue in card.queues}
+    for queue in fleet.queues:
+        if queue not in served:
+            faults.append(_unserved(fleet, queue, cards, waiting.get(queue, 0), now_s))
     return faults
+
+
+def _unserved(fleet: FleetConfig, queue: str, cards: Sequence[WorkerCard], waiting: int, now_s: float) -> str:
+    """Why nobody answers the jobs of a queue."""
+    consumers = [card for card in cards if queue in card.queues]
+    states = [f"{card.node} is {_state(card, now_s)}" for card in consumers]
+    why = f"no ready worker consumes it ({', '.join(states)})" if states else "no worker consumes it"
+    jobs = f", {waiting:,} jobs wait" if waiting else ""
+    models = ", ".join(alias for alias, model in fleet.models.items() if model.queue == queue)
+    return f"queue {queue!r} (models: {models}): {why}{jobs}"
+
+
+def find_warnings(depths: Sequence[QueueDepth]) -> list[str]:
+    """What an operator should look at though jobs are answered, one sentence each."""
+    return [
+        f"{depth.dead:,} dead letters on queue {depth.queue!r}: see `cortex dead list {depth.queue}`"
+        for depth in depths
+        if depth.dead
+    ]
+
+
+def _state(card: WorkerCard, now_s: float) -> str:
+    return "silent" if card.is_silent(now_s) else card.state
 
 
 def _print_status(
@@ -181,7 +225,16 @@ def _print_status(
 
 def _worker(card: WorkerCard, now_s: float) -> tuple[object, ...]:
     queues, rate = ",".join(card.queues), f"{card.items_per_s:.1f}"
-    return (card.node, card.image, card.state, queues, card.jobs, card.errors, rate, _age(now_s - card.started_at))
+    return (
+        card.node,
+        card.image,
+        _state(card, now_s),
+        queues,
+        card.jobs,
+        card.errors,
+        rate,
+        _age(now_s - card.started_at),
+    )
 
 
 def _age(seconds: float) -> str:

@@ -105,29 +105,58 @@ def test_status_of_workers_and_queues(worker: Callable[..., None], client: redis
     minilm = answer["queues"][0]
     assert (minilm["queue"], minilm["ready"], minilm["total"], minilm["dead"]) == ("minilm", 2, 2, 1)
     assert answer["redis"]["used_memory_bytes"] > 0
-    assert answer["faults"] == []
     lines = cortex("status").stdout.splitlines()
     assert lines[1].split() == ["a@h", "nlp", "ready", "minilm", "12", "1", "3.2", "1", "h", "01", "min"]
     assert ["minilm", "2", "0", "0", "2", "0", "1"] in [line.split() for line in lines]
 
 
+def ready_fleet(worker: Callable[..., None], *, but: str = "", **more: Any) -> None:
+    """One ready worker for every queue of queues.yaml; none for the queue ``but``."""
+    for queue in load_fleet().queues:
+        if queue != but:
+            worker(
+                f"{queue}@h", *(model(a, "ready") for a, m in load_fleet().models.items() if m.queue == queue), **more
+            )
+
+
 def test_a_healthy_fleet_passes_the_check(worker: Callable[..., None]) -> None:
+    ready_fleet(worker)
     worker("a@h", model("minilm", "ready"), model("sentiment", "unavailable", reason="lazy ones may be"))
-    assert cortex("status", "--check").exit_code == 0
+    worker("b@h", model("prophet", "loading"), state="starting")
+    result = cortex("status", "--check")
+    assert (result.exit_code, result.stderr) == (0, "")
 
 
 @pytest.mark.parametrize(
     ("put", "fault"),
     [
         (lambda worker, client: None, "no worker is ready"),
+        (lambda worker, client: None, "queue 'prophet' (models: prophet): no worker consumes it"),
         (lambda worker, client: worker("a@h", model("minilm", "loading"), state="starting"), "no worker is ready"),
         (
-            lambda worker, client: worker("a@h", model("minilm", "unavailable", reason="no weights")),
+            lambda worker, client: (
+                ready_fleet(worker, but="spacy"),
+                worker("b@h", model("spacy", "loading"), state="starting"),
+            ),
+            "queue 'spacy' (models: spacy): no ready worker consumes it (b@h is starting)",
+        ),
+        (
+            lambda worker, client: (
+                ready_fleet(worker, but="spacy"),
+                worker("b@h", model("spacy", "ready"), seen_at=time.time() - 7),
+            ),
+            "queue 'spacy' (models: spacy): no ready worker consumes it (b@h is silent)",
+        ),
+        (
+            lambda worker, client: (
+                ready_fleet(worker),
+                worker("a@h", model("minilm", "unavailable", reason="no weights")),
+            ),
             "pinned model 'minilm' is unavailable on a@h: no weights",
         ),
         (
-            lambda worker, client: (worker("a@h", model("minilm", "ready")), client.lpush("prophet", "x", "y")),
-            "2 jobs wait on queue 'prophet', which no worker consumes",
+            lambda worker, client: (ready_fleet(worker, but="prophet"), client.lpush("prophet", "x", "y")),
+            "queue 'prophet' (models: prophet): no worker consumes it, 2 jobs wait",
         ),
     ],
 )
@@ -137,6 +166,29 @@ def test_what_the_check_finds(
     put(worker, client)
     result = cortex("status", "--check")
     assert result.exit_code == 1
-    assert f"cortex: {fault}" in result.stderr
+    assert f"cortex: {fault}\n" in result.stderr
     assert cortex("status").exit_code == 0
     assert fault in json.loads(cortex("status", "--json").stdout)["faults"]
+
+
+def test_dead_letters_are_a_warning_and_fail_when_strict(worker: Callable[..., None], client: redis.Redis) -> None:
+    ready_fleet(worker)
+    client.lpush("cortex:dead:minilm", "x", "y")
+    found = "2 dead letters on queue 'minilm': see `cortex dead list minilm`"
+    lenient = cortex("status", "--check")
+    assert (lenient.exit_code, lenient.stderr) == (0, f"cortex: warning: {found}\n")
+    for strict in (cortex("status", "--strict"), cortex("status", "--check", "--strict")):
+        assert (strict.exit_code, strict.stderr) == (1, f"cortex: {found}\n")
+    assert json.loads(cortex("status", "--json").stdout)["warnings"] == [found]
+
+
+def test_a_killed_worker_is_silent(worker: Callable[..., None]) -> None:
+    worker("a@h", model("minilm", "ready"), seen_at=time.time() - 7)
+    worker("b@h", model("spacy", "ready"), seen_at=time.time() - 7)
+    worker("c@h", model("spacy", "ready"))
+    shown = json.loads(cortex("status", "--json").stdout)["workers"]
+    assert [card["silent"] for card in shown] == [True, True, False]
+    assert cortex("status").stdout.splitlines()[1].split()[:3] == ["a@h", "nlp", "silent"]
+    rows = {row["alias"]: row for row in json.loads(cortex("models", "--json").stdout)}
+    assert (rows["minilm"]["state"], rows["minilm"]["nodes"]) == ("silent", [])
+    assert (rows["spacy"]["state"], rows["spacy"]["nodes"]) == ("ready", ["c@h"])
