@@ -95,6 +95,7 @@ class LeasedQoS(kombu_redis.QoS):
     def let_go(self, delivery_tag: str) -> None:
         """Hold a message no more, whatever is recorded in Redis."""
         self.recorded.discard(delivery_tag)
+        self.bulk.discard(delivery_tag)
         if delivery_tag in self._delivered:
             self._quick_ack(delivery_tag)
 
