@@ -10,7 +10,7 @@
     │   ├── UnknownTask
     │   └── UnknownModel
     ├── DeliveryError              the queue could not carry the job or its answer
-    │   ├── BrokerUnavailable      Redis does not answer
+    │   ├── BrokerUnavailable      Redis does not answer, or refuses
     │   ├── QueueFull              the queue's limit is reached; carries retry_after_s
     │   ├── ResultTimeout          no answer within the time-out
     │   │   └── NoConsumer         ... because no worker consumes the queue
@@ -125,7 +125,7 @@ class DeliveryError(CortexError):
 
 
 class BrokerUnavailable(DeliveryError, ConnectionError):
-    """Redis does not answer; the message names its URL with the password masked."""
+    """Redis does not answer or refuses; the message says which, and names its URL with the password masked."""
 
     code = "broker_unavailable"
 

@@ -31,16 +31,17 @@ from typing import TYPE_CHECKING, Any
 
 from celery import Celery, Task, current_task
 from kombu.exceptions import OperationalError
+from redis.exceptions import RedisError
 
 from cortex_tasks.catalog import TASKS, task_spec
 from cortex_tasks.codec import HEADER
 from cortex_tasks.config import FleetConfig, Limits, load_fleet
-from cortex_tasks.errors import BrokerUnavailable, InvalidInput, InvalidParameter, QueueFull, RequestError
+from cortex_tasks.errors import InvalidInput, InvalidParameter, QueueFull, RequestError
 from cortex_tasks.inputs import check_input, check_params, is_single
 from cortex_tasks.payloads import Series
 from cortex_tasks.publish import short_options, short_repr
-from cortex_tasks.settings import Settings, mask_url
-from cortex_tasks.wire import RedisWire, Wire
+from cortex_tasks.settings import Settings
+from cortex_tasks.wire import RedisWire, Wire, unavailable
 
 if TYPE_CHECKING:
     annotate: Task
@@ -113,8 +114,8 @@ class NativeTask(Task):
             return super().apply_async(
                 (), {"inputs": wire_inputs, **given}, headers={**(headers or {}), HEADER: own}, **options
             )
-        except OperationalError as error:
-            raise BrokerUnavailable(f"Redis at {mask_url(self._broker)} does not answer: {error}") from error
+        except (OperationalError, RedisError) as error:
+            raise unavailable(self._broker, error) from error
 
     def _check_room(self, queue: str, limit: int) -> None:
         depth = self._wire.depth(queue)

@@ -1,7 +1,7 @@
 """What a client needs of Redis, and nothing else: two small interfaces and their two implementations.
 
 ``cortex_tasks.testing`` implements the same interfaces in memory. Every method raises BrokerUnavailable when
-Redis does not answer; the message names its URL with the password masked.
+Redis does not answer or refuses; the message says which, and names its URL with the password masked.
 """
 
 from __future__ import annotations
@@ -15,7 +15,15 @@ from typing import TYPE_CHECKING, Any, Final, Protocol
 
 import redis
 from redis.backoff import ConstantBackoff, NoBackoff
-from redis.exceptions import NoPermissionError, RedisError
+from redis.exceptions import (
+    AuthenticationError,
+    BusyLoadingError,
+    NoPermissionError,
+    OutOfMemoryError,
+    ReadOnlyError,
+    RedisError,
+    ResponseError,
+)
 
 from cortex_tasks.codec import queue_keys, result_key
 from cortex_tasks.config import Settings, mask_url
@@ -26,7 +34,7 @@ from cortex_tasks.publish import PUSH_SCRIPT, Envelope, push_arguments, revoke_m
 if TYPE_CHECKING:
     import redis.asyncio
 
-__all__ = ["AsyncRedisWire", "AsyncWire", "RedisWire", "Wire"]
+__all__ = ["AsyncRedisWire", "AsyncWire", "RedisWire", "Wire", "reaching", "unavailable"]
 
 _log = logging.getLogger(__name__)
 
@@ -84,12 +92,47 @@ class AsyncWire(Protocol):
     async def close(self) -> None: ...
 
 
+#: How Redis says no: redis-py's class, the word in its text (a script's error has no class of its own before Redis 7),
+#: what that means, the remedy. The first that fits counts.
+_REFUSALS: Final = (
+    (
+        OutOfMemoryError,
+        "OOM",
+        "is full (maxmemory)",
+        "raise its maxmemory, or find what fills it with redis-cli --bigkeys",
+    ),
+    (ReadOnlyError, "READONLY", "is a read-only replica", "name its primary in the URL"),
+    (
+        NoPermissionError,
+        "NOPERM",
+        "does not permit this",
+        "let the URL's user run Cortex's commands on its keys and channels (ACL)",
+    ),
+    (AuthenticationError, "NOAUTH", "does not let us in", "give a valid user and password in the URL"),
+    (BusyLoadingError, "LOADING", "is starting", "try again when it has loaded its data"),
+    (ResponseError, "", "refuses", "see its log"),
+)
+
+
+def unavailable(url: str, error: BaseException) -> BrokerUnavailable:
+    """What redis-py raised (itself, or as the cause of ``error``), as the BrokerUnavailable to raise: whether Redis is
+    full, keeps us out, or does not answer."""
+    shown, said = mask_url(url), error
+    while not isinstance(said, RedisError) and said.__cause__ is not None:
+        said = said.__cause__
+    for kind, word, means, remedy in _REFUSALS:
+        if isinstance(said, kind) or (word and isinstance(said, ResponseError) and f"-{word} " in str(said)):
+            return BrokerUnavailable(f"Redis at {shown} {means}: {said}; {remedy}", {"url": shown})
+    return BrokerUnavailable(f"Redis at {shown} does not answer: {error}", {"url": shown})
+
+
 @contextmanager
-def _reaching(url: str) -> Iterator[None]:
+def reaching(url: str) -> Iterator[None]:
+    """Raise what redis-py raises as BrokerUnavailable."""
     try:
         yield
     except (RedisError, OSError) as error:
-        raise BrokerUnavailable(f"Redis at {mask_url(url)} does not answer: {error}", {"url": mask_url(url)}) from error
+        raise unavailable(url, error) from error
 
 
 def _client_options(settings: Settings, retry: Any) -> dict[str, Any]:
@@ -149,18 +192,18 @@ class RedisWire:
 
     def push(self, envelope: Envelope, messages: Sequence[bytes], *, partial: bool) -> tuple[int, int]:
         keys, args = push_arguments(envelope, messages, partial=partial)
-        with _reaching(self._broker_url):
+        with reaching(self._broker_url):
             pushed, depth = self._push(keys, args)
         return int(pushed), int(depth)
 
     def fetch(self, job_ids: Sequence[str]) -> list[bytes | None]:
-        with _reaching(self._results_url):
+        with reaching(self._results_url):
             found = self._results.mget([result_key(job_id) for job_id in job_ids])
         return list(found)
 
     def listen(self, channel: str) -> None:
         self.unlisten()
-        with _reaching(self._results_url), _no_permission(channel):
+        with reaching(self._results_url), _no_permission(channel):
             pubsub = self._listener.pubsub()
             pubsub.subscribe(channel)
             pubsub.get_message(timeout=COMMAND_TIMEOUT_S)
@@ -171,7 +214,7 @@ class RedisWire:
             time.sleep(timeout_s)
             return []
         ids: list[str] = []
-        with _reaching(self._results_url):
+        with reaching(self._results_url):
             message = self._pubsub.get_message(timeout=timeout_s)
             while message is not None:
                 ids += _announced(message)
@@ -185,15 +228,15 @@ class RedisWire:
 
     def revoke(self, job_ids: Sequence[str]) -> None:
         channel, message = revoke_message(job_ids, self._db)
-        with _reaching(self._broker_url):
+        with reaching(self._broker_url):
             self._broker.publish(channel, message)
 
     def cards(self) -> list[WorkerCard]:
-        with _reaching(self._broker_url):
+        with reaching(self._broker_url):
             return read_cards(self._broker)
 
     def depth(self, queue: str) -> int:
-        with _reaching(self._broker_url), self._broker.pipeline(transaction=False) as pipe:
+        with reaching(self._broker_url), self._broker.pipeline(transaction=False) as pipe:
             for key in queue_keys(queue):
                 pipe.llen(key)
             return int(sum(pipe.execute()))
@@ -232,18 +275,18 @@ class AsyncRedisWire:
 
     async def push(self, envelope: Envelope, messages: Sequence[bytes], *, partial: bool) -> tuple[int, int]:
         keys, args = push_arguments(envelope, messages, partial=partial)
-        with _reaching(self._broker_url):
+        with reaching(self._broker_url):
             pushed, depth = await self._push(keys, args)
         return int(pushed), int(depth)
 
     async def fetch(self, job_ids: Sequence[str]) -> list[bytes | None]:
-        with _reaching(self._results_url):
+        with reaching(self._results_url):
             found = await self._results.mget([result_key(job_id) for job_id in job_ids])
         return list(found)
 
     async def listen(self, channel: str) -> None:
         await self.unlisten()
-        with _reaching(self._results_url), _no_permission(channel):
+        with reaching(self._results_url), _no_permission(channel):
             pubsub = self._listener.pubsub()
             await pubsub.subscribe(channel)
             await pubsub.get_message(timeout=COMMAND_TIMEOUT_S)
@@ -254,7 +297,7 @@ class AsyncRedisWire:
             await sleep(timeout_s)
             return []
         ids: list[str] = []
-        with _reaching(self._results_url):
+        with reaching(self._results_url):
             message = await self._pubsub.get_message(timeout=timeout_s)
             while message is not None:
                 ids += _announced(message)
@@ -268,17 +311,17 @@ class AsyncRedisWire:
 
     async def revoke(self, job_ids: Sequence[str]) -> None:
         channel, message = revoke_message(job_ids, self._db)
-        with _reaching(self._broker_url):
+        with reaching(self._broker_url):
             await self._broker.publish(channel, message)
 
     async def cards(self) -> list[WorkerCard]:
-        with _reaching(self._broker_url):
+        with reaching(self._broker_url):
             nodes = [node.decode() for node in await self._broker.zrange(WORKERS_KEY, 0, -1)]
             raw = await self._broker.mget([worker_key(node) for node in nodes]) if nodes else []
         return parse_cards(raw)
 
     async def depth(self, queue: str) -> int:
-        with _reaching(self._broker_url):
+        with reaching(self._broker_url):
             async with self._broker.pipeline(transaction=False) as pipe:
                 for key in queue_keys(queue):
                     pipe.llen(key)

@@ -26,7 +26,7 @@ Exit codes:
   0    done
   1    an input or a job failed; a check found something wrong
   2    wrong usage, a wrong setting or queues.yaml, an unknown task or model
-  3    Redis does not answer
+  3    Redis does not answer, or refuses
   4    no answer in time, or no worker consumes the queue
   5    the queue is full; try again later
   130  interrupted (Ctrl-C)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from cortex_tasks.cli.exits import FAILED
-from cortex_tasks.config import FleetConfig, Settings, load_fleet, mask_url
+from cortex_tasks.config import FleetConfig, Settings, load_fleet
 from cortex_tasks.errors import BrokerUnavailable
 from cortex_tasks.terminal import Style, style_for, table
 
@@ -37,17 +37,16 @@ def open_redis(settings: Settings) -> Iterator[Any]:
     from redis.backoff import NoBackoff
     from redis.retry import Retry
 
+    from cortex_tasks.wire import reaching
+
     timeout_s = settings.connect_timeout_s
-    client = redis.Redis.from_url(
-        settings.broker, socket_timeout=timeout_s, socket_connect_timeout=timeout_s, retry=Retry(NoBackoff(), 0)
-    )
-    try:
+    with (
+        reaching(settings.broker),
+        redis.Redis.from_url(
+            settings.broker, socket_timeout=timeout_s, socket_connect_timeout=timeout_s, retry=Retry(NoBackoff(), 0)
+        ) as client,
+    ):
         yield client
-    except redis.RedisError as error:
-        url = mask_url(settings.broker)
-        raise BrokerUnavailable(f"the Redis at {url} does not answer: {type(error).__name__}") from error
-    finally:
-        client.close()
 
 
 # ---------------------------------------------------------------------------------------------------- models

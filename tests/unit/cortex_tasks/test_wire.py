@@ -1,0 +1,136 @@
+"""How a Redis that says no is told from one that does not answer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import pytest
+import redis
+from click.testing import CliRunner
+
+from cortex_tasks import AsyncCortex, BrokerUnavailable, Cortex, Settings
+from cortex_tasks.app import make_app
+from cortex_tasks.cli import main
+from cortex_tasks.config import FleetConfig
+from cortex_tasks.tasks import register
+from cortex_tasks.wire import unavailable
+from tests.support.redis_server import RedisServer, free_port
+
+URL = "redis://lake:hunter2@127.0.0.1:6379/0"
+PASSWORD = "hunter2"
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[RedisServer]:
+    with RedisServer() as running:
+        yield running
+
+
+@pytest.fixture
+def admin(server: RedisServer) -> Iterator[redis.Redis]:
+    """A connection that stays let in, whatever a test forbids to new ones."""
+    with redis.Redis.from_url(server.url, single_connection_client=True) as connected:
+        connected.flushall()
+        yield connected
+        connected.config_set("maxmemory", 0)
+        connected.config_set("requirepass", "")
+        connected.execute_command("REPLICAOF", "NO", "ONE")
+
+
+def fill(admin: redis.Redis) -> None:
+    admin.config_set("maxmemory", 1)
+
+
+def make_replica(admin: redis.Redis) -> None:
+    admin.execute_command("REPLICAOF", "127.0.0.1", free_port())
+
+
+def lock(admin: redis.Redis) -> None:
+    admin.config_set("requirepass", "hunter2")
+
+
+def forbid(admin: redis.Redis) -> None:
+    admin.execute_command("ACL", "SETUSER", "lake", "on", f">{PASSWORD}", "~*", "&*", "+@all", "-eval", "-evalsha")
+
+
+REFUSALS = [
+    (fill, "", "is full (maxmemory)", "raise its maxmemory"),
+    (make_replica, "", "is a read-only replica", "name its primary"),
+    (lock, "", "does not let us in", "give a valid user and password"),
+    (lock, ":wrong@", "does not let us in", "give a valid user and password"),
+    (forbid, f"lake:{PASSWORD}@", "does not permit this", "(ACL)"),
+]
+each_refusal = pytest.mark.parametrize(
+    ("refuse", "user", "means", "remedy"), REFUSALS, ids=["OOM", "READONLY", "NOAUTH", "WRONGPASS", "NOPERM"]
+)
+
+
+def check(error: BrokerUnavailable, means: str, remedy: str) -> None:
+    assert means in str(error)
+    assert remedy in str(error)
+    assert "does not answer" not in str(error)
+    assert PASSWORD not in str(error)
+    assert "wrong@" not in str(error)
+
+
+@pytest.mark.fleet
+@each_refusal
+async def test_both_clients_say_how_redis_refuses(
+    server: RedisServer, admin: redis.Redis, echo_fleet: FleetConfig,
+    refuse: Callable[[redis.Redis], None], user: str, means: str, remedy: str,
+) -> None:  # fmt: skip
+    refuse(admin)
+    url = server.url.replace("://", f"://{user}")
+    with Cortex(url, fleet=echo_fleet) as client, pytest.raises(BrokerUnavailable) as caught:
+        client.embed("x", model="echo")
+    check(caught.value, means, remedy)
+    async with AsyncCortex(url, fleet=echo_fleet) as asynchronous:
+        with pytest.raises(BrokerUnavailable) as caught:
+            await asynchronous.embed("x", model="echo")
+    check(caught.value, means, remedy)
+
+
+@pytest.mark.fleet
+@each_refusal
+def test_celery_native_tasks_say_how_redis_refuses(
+    server: RedisServer, admin: redis.Redis, echo_fleet: FleetConfig,
+    refuse: Callable[[redis.Redis], None], user: str, means: str, remedy: str,
+) -> None:  # fmt: skip
+    if refuse is forbid:
+        # kombu pushes with a plain LPUSH.
+        admin.execute_command("ACL", "SETUSER", "lake", "on", f">{PASSWORD}", "~*", "&*", "+@all", "-lpush")
+    else:
+        refuse(admin)
+    url = server.url.replace("://", f"://{user}")
+    settings = Settings.model_validate({"broker_url": url})
+    embed = register(make_app(settings, echo_fleet, fail_fast=True), settings, echo_fleet)["embed"]
+    with pytest.raises(BrokerUnavailable) as caught:
+        embed.delay(["x"], model="echo")
+    check(caught.value, means, remedy)
+
+
+@pytest.mark.fleet
+def test_the_command_line_says_how_redis_refuses(
+    server: RedisServer, admin: redis.Redis, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lock(admin)
+    monkeypatch.setenv("CORTEX_BROKER_URL", server.url.replace("://", "://:wrong@"))
+    result = CliRunner().invoke(main, ["status"])
+    assert result.exit_code == 3
+    assert "does not let us in" in result.stderr
+    assert "wrong" not in result.stderr.replace("WRONGPASS", "")
+
+
+@pytest.mark.parametrize(
+    ("error", "means"),
+    [
+        (redis.exceptions.BusyLoadingError("Redis is loading the dataset in memory"), "is starting"),
+        (redis.ResponseError("MISCONF Redis is configured to save RDB snapshots"), "refuses: MISCONF"),
+        (redis.ConnectionError("Error 111 connecting to 127.0.0.1:6379"), "does not answer: Error 111"),
+        (TimeoutError("timed out"), "does not answer: timed out"),
+    ],
+)
+def test_other_answers(error: Exception, means: str) -> None:
+    found = unavailable(URL, error)
+    assert f"Redis at redis://lake:***@127.0.0.1:6379/0 {means}" in str(found)
+    assert found.details == {"url": "redis://lake:***@127.0.0.1:6379/0"}
