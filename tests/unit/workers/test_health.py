@@ -1,0 +1,138 @@
+"""The card and the watchdog."""
+
+from __future__ import annotations
+
+import os
+import threading
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import redis
+from hypothesis import given
+from hypothesis import strategies as st
+
+from cortex_tasks.presence import WORKERS_KEY, read_cards, worker_key
+from tests.support.stub_models import PATIENCE_S, StubAdapter, fleet_of, ready, registry_of
+from workers.health import HUNG_EXIT_CODE, Health, RateMeter
+from workers.registry import Registry
+from workers.runner import Running
+
+# ------------------------------------------------------------------------------------------------- rates
+
+
+def test_a_rate_is_that_of_the_window() -> None:
+    meter = RateMeter(window_s=10.0)
+    assert meter.update(0.0, 100) == 0.0
+    assert meter.update(2.0, 120) == pytest.approx(10.0)
+    assert meter.update(4.0, 120) == pytest.approx(5.0)
+    for second in range(5, 40):
+        rate = meter.update(float(second), 120)
+    assert rate == 0.0
+
+
+def test_a_clock_that_stands_still_gives_no_rate() -> None:
+    meter = RateMeter()
+    meter.update(1.0, 5)
+    assert meter.update(1.0, 50) == 0.0
+
+
+@given(st.lists(st.tuples(st.floats(0.001, 60), st.integers(0, 1000)), min_size=1, max_size=50))
+def test_a_growing_total_never_gives_a_negative_rate(steps: list[tuple[float, int]]) -> None:
+    meter, now_s, total = RateMeter(), 0.0, 0
+    for wait_s, more in steps:
+        now_s, total = now_s + wait_s, total + more
+        assert meter.update(now_s, total) >= 0.0
+
+
+# ------------------------------------------------------------------------------------------------- cards
+
+
+class Bench:
+    def __init__(self, connect: Any = None, **models: dict[str, Any]) -> None:
+        self.registry: Registry = registry_of(fleet_of(**(models or {"m": {"limits": {"time_limit_s": 10}}})))
+        self.runner = SimpleNamespace(running=None)
+        self.queues = ["m"]
+        self.exits: list[int] = []
+        self.health = Health(
+            node="node@host",
+            image="nlp",
+            host="host",
+            queues=lambda: self.queues,
+            registry=self.registry,
+            runners=lambda: [self.runner],  # type: ignore[list-item]
+            in_flight=lambda: {"m": 3},
+            connect=connect or (lambda: None),
+            exit_process=self.exits.append,
+        )
+
+
+def test_a_card_tells_what_is() -> None:
+    bench = Bench()
+    ready(bench.registry, "m", StubAdapter())
+    model = bench.registry.model("m")
+    model.jobs, model.items, bench.health.errors = 4, 9, 2
+    bench.queues.append("added")
+    card = bench.health.card()
+    assert (card.node, card.image, card.host, card.pid) == ("node@host", "nlp", "host", os.getpid())
+    assert (card.state, card.queues) == ("starting", ("m", "added"))
+    assert (card.jobs, card.items, card.errors, card.in_flight) == (4, 9, 2, {"m": 3})
+    assert card.models[0].state == "ready"
+
+
+def test_the_card_is_written_with_a_time_to_live_and_taken_away(redis_url: str) -> None:
+    bench = Bench(lambda: redis.Redis.from_url(redis_url))
+    with redis.Redis.from_url(redis_url) as client:
+        bench.health.publish()
+        (card,) = read_cards(client)
+        assert card.node == "node@host"
+        assert 0 < client.ttl(worker_key("node@host")) <= 15
+        client.zadd(WORKERS_KEY, {"long gone": 1.0})
+        bench.health.start()
+        bench.health.announce("ready")
+        bench.health.stop()
+        assert client.keys("cortex:worker*") == []
+    assert not bench.health.is_alive()
+
+
+def test_a_redis_that_is_away_does_not_end_the_thread() -> None:
+    tried = threading.Semaphore(0)
+
+    def connect() -> Any:
+        tried.release()
+        raise redis.ConnectionError("away")
+
+    bench = Bench(connect)
+    bench.health.start()
+    for _ in range(3):
+        assert tried.acquire(timeout=PATIENCE_S)
+        bench.health.announce("ready")
+    bench.health.stop()
+    assert not bench.health.is_alive()
+
+
+# ----------------------------------------------------------------------------------------------- watchdog
+
+
+@pytest.mark.parametrize(
+    ("running", "hung"),
+    [
+        (None, False),
+        (Running("m", 100.0), True),
+        (Running("m", 190.5), False),
+    ],
+)
+def test_only_a_pass_over_its_limit_ends_the_process(running: Running | None, hung: bool) -> None:
+    bench = Bench()
+    bench.runner.running = running
+    bench.health.check_progress(200.0)
+    assert bench.exits == ([HUNG_EXIT_CODE] if hung else [])
+
+
+def test_a_host_of_children_gets_twice_the_time() -> None:
+    bench = Bench(m={"limits": {"time_limit_s": 10}, "children": 1})
+    bench.runner.running = Running("m", 0.0)
+    bench.health.check_progress(19.0)
+    assert bench.exits == []
+    bench.health.check_progress(21.0)
+    assert bench.exits == [HUNG_EXIT_CODE]

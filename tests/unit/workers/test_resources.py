@@ -1,0 +1,82 @@
+"""CPUs and the device."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from cortex_tasks.config import ImageConfig
+from workers import resources
+from workers.resources import available_cpus, cgroup_cpus, device, threads_for
+
+
+def image(cpus: float) -> ImageConfig:
+    return ImageConfig.model_validate({"queues": [], "cpus": cpus, "memory": "1GB", "storage": "1GB"})
+
+
+@pytest.mark.parametrize(
+    ("text", "cpus"),
+    [("200000 100000\n", 2.0), ("50000 100000", 0.5), ("150000", 1.5), ("max 100000", None), ("odd", None)],
+)
+def test_cgroup_v2(tmp_path: Path, text: str, cpus: float | None) -> None:
+    (tmp_path / "cpu.max").write_text(text)
+    assert cgroup_cpus(tmp_path) == cpus
+
+
+@pytest.mark.parametrize(
+    ("quota", "period", "cpus"),
+    [("300000", "100000", 3.0), ("-1", "100000", None), ("100000", "0", None), ("odd", "100000", None)],
+)
+def test_cgroup_v1(tmp_path: Path, quota: str, period: str, cpus: float | None) -> None:
+    (tmp_path / "cpu").mkdir()
+    (tmp_path / "cpu/cpu.cfs_quota_us").write_text(quota)
+    (tmp_path / "cpu/cpu.cfs_period_us").write_text(period)
+    assert cgroup_cpus(tmp_path) == cpus
+
+
+def test_no_cgroup_means_no_limit(tmp_path: Path) -> None:
+    assert cgroup_cpus(tmp_path) is None
+
+
+def test_a_process_has_the_smaller_of_affinity_and_quota(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1, 2, 3})
+    for quota, expected in ((None, 4.0), (2.5, 2.5), (16.0, 4.0)):
+        monkeypatch.setattr(resources, "cgroup_cpus", lambda quota=quota: quota)
+        assert available_cpus() == expected
+
+
+@pytest.mark.parametrize(
+    ("machine", "limit", "threads"), [(8.0, 4, 4), (2.0, 4, 2), (2.5, 4, 2), (0.5, 4, 1), (8.0, None, 8)]
+)
+def test_threads_keep_to_the_image_and_the_machine(
+    monkeypatch: pytest.MonkeyPatch, machine: float, limit: float | None, threads: int
+) -> None:
+    monkeypatch.setattr(resources, "available_cpus", lambda: machine)
+    assert threads_for(None if limit is None else image(limit)) == threads
+
+
+def test_the_device_can_be_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CORTEX_DEVICE", "cuda:1")
+    assert device() == "cuda:1"
+
+
+@pytest.mark.parametrize(
+    ("driver", "works", "expected"), [(False, True, "cpu"), (True, False, "cpu"), (True, True, "cuda")]
+)
+def test_the_device_is_what_works(monkeypatch: pytest.MonkeyPatch, driver: bool, works: bool, expected: str) -> None:
+    monkeypatch.delenv("CORTEX_DEVICE", raising=False)
+    monkeypatch.setattr(Path, "exists", lambda self: driver)
+    torch: Any = SimpleNamespace(cuda=SimpleNamespace(is_available=lambda: works))
+    monkeypatch.setitem(__import__("sys").modules, "torch", torch)
+    assert device() == expected
+
+
+def test_a_gpu_without_torch_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("CORTEX_DEVICE", raising=False)
+    monkeypatch.setattr(Path, "exists", lambda self: True)
+    monkeypatch.setitem(__import__("sys").modules, "torch", None)
+    assert device() == "cpu"
