@@ -16,6 +16,7 @@ from celery import Celery, Task, signals
 from celery.app import trace
 
 from cortex_tasks.app import make_app
+from cortex_tasks.catalog import nearest
 from cortex_tasks.codec import HEADER
 from cortex_tasks.config import Delivery, FleetConfig, Settings, load_fleet
 from cortex_tasks.errors import CortexError
@@ -222,6 +223,10 @@ def _configure_worker(
     if wiring is None:
         return
     queues = _queue_names((options or {}).get("queues")) or wiring.fleet.queues
+    for name in queues:
+        if name not in instance.app.amqp.queues:
+            # Celery's own answer is a traceback. (A signal's receiver may end the process, but not raise errors.)
+            raise SystemExit(f"cortex: no model of queues.yaml uses queue {name!r}{nearest(name, wiring.fleet.queues)}")
     if sender and sender.startswith("celery@"):
         # Two workers on a host need two names, and no flag should be needed for that.
         image = wiring.settings.image or image_of(wiring.fleet, queues)
