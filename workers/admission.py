@@ -40,8 +40,11 @@ class Events(Protocol):
     def unwanted(self, job: Job) -> bool:
         """Whether a job that has not started should be dropped (revoked, past its deadline)."""
 
-    def may_run(self, job: Job) -> CortexError | None:
-        """Asked before a suspect runs, alone: None, or the error it fails with (too many attempts)."""
+    def may_run(self, job: Job, index: int) -> CortexError | None:
+        """Asked before a suspect's input runs, alone: None, or the error it fails with (too many attempts)."""
+
+    def survived(self, job: Job, index: int) -> None:
+        """A suspect's input ran and the process lives: it is not guilty of what may come before it is answered."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable
 from typing import Any, Final
 
-__all__ = ["DEAD_LETTERS_MAX", "DeadLetters", "add_dead_letter", "dead_letter_key"]
+__all__ = ["DEAD_LETTERS_MAX", "DeadLetters", "add_dead_letter", "attempts_key", "dead_letter_key"]
 
 DEAD_LETTERS_MAX: Final = 10_000
 _ATTEMPTS_TTL_S: Final = 86_400
@@ -20,6 +20,11 @@ _ATTEMPTS_TTL_S: Final = 86_400
 
 def dead_letter_key(queue: str) -> str:
     return f"cortex:dead:{queue}"
+
+
+def attempts_key(job_id: str) -> str:
+    """The hash that counts a suspect job's attempts: index of an input -> count."""
+    return f"cortex:attempts:{job_id}"
 
 
 def add_dead_letter(pipe: Any, queue: str, job_id: str, reason: str, message: Any, at_s: float) -> None:
@@ -42,13 +47,17 @@ class DeadLetters:
         self._client = self._client or self._connect()
         return self._client
 
-    def count_attempt(self, job_id: str) -> int:
-        """One more start of a suspect job; returns how many there have been."""
-        key = f"cortex:attempts:{job_id}"
+    def count_attempt(self, job_id: str, index: int) -> int:
+        """One more start of one input of a suspect job; returns how many there have been."""
+        key = attempts_key(job_id)
         with self._redis.pipeline() as pipe:
-            pipe.incr(key)
+            pipe.hincrby(key, str(index), 1)
             pipe.expire(key, _ATTEMPTS_TTL_S)
             return int(pipe.execute()[0])
+
+    def clear_attempts(self, job_id: str, index: int) -> None:
+        """An input of a suspect job is not guilty."""
+        self._redis.hdel(attempts_key(job_id), str(index))
 
     def park(self, queue: str, job_id: str, reason: str, message: Any) -> None:
         """Put a job on its queue's dead-letter list."""

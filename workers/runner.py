@@ -21,10 +21,12 @@ from workers.batching import Batch
 from workers.registry import Model, Registry
 from workers.runtime import Job, forward_isolating
 
-__all__ = ["Runner", "Running"]
+__all__ = ["STOP_GRACE_S", "Runner", "Running"]
 
 logger = logging.getLogger(__name__)
 
+#: A warm shutdown finishes what has started for so long: within the 30 s that supervisors usually grant.
+STOP_GRACE_S: Final = 20.0
 #: Passes that usually take longer than this are worth a hand-over to the preparer.
 _LONG_PASS_S: Final = 0.005
 
@@ -109,15 +111,18 @@ class Runner(threading.Thread):
             self._admission.admit()
 
     def _drain(self) -> None:
-        """On a stop: jobs that have started are finished, the others are dropped (given back to the queue)."""
-        idle = dict.fromkeys(self._admission.clear())
+        """On a stop: jobs that have started are finished, as far as the grace goes; the others are dropped, which
+        gives them back to the queue. A bulk job that goes back is computed again; nothing of it was answered."""
+        until_s = time.monotonic() + STOP_GRACE_S
+        left = dict.fromkeys(self._admission.clear())
         while (batch := self._admission.take()) is not None:
-            started = [waiting for waiting in batch.items if waiting.payload.job.started]
-            idle.update(dict.fromkeys(w.payload.job for w in batch.items if not w.payload.job.started))
-            if started:
-                self._run_guarded(Batch(batch.group, started, batch.budget))
-        if idle:
-            self._events.dropped(list(idle))
+            in_time = time.monotonic() < until_s
+            go_on = [waiting for waiting in batch.items if in_time and waiting.payload.job.started]
+            left.update(dict.fromkeys(w.payload.job for w in batch.items if w not in go_on))
+            if go_on:
+                self._run_guarded(Batch(batch.group, go_on, batch.budget))
+        if left:
+            self._events.dropped(list(left))
 
     def _run_guarded(self, batch: Batch[Slot]) -> None:
         """A defect here must neither end the thread nor leave a job without an answer."""
@@ -140,6 +145,9 @@ class Runner(threading.Thread):
             outcomes = self._forward(model, batch, slots)
         finally:
             self.running = None
+        for slot in slots:
+            if slot.job.suspect:
+                self._events.survived(slot.job, slot.index)
         pass_s = time.perf_counter() - started_s
         self._usual_pass_s += 0.2 * (pass_s - self._usual_pass_s)
         if model.learner is not None and len(slots) == len(batch.items):
@@ -153,7 +161,19 @@ class Runner(threading.Thread):
         """The batch less the items of jobs that were cancelled, expired or may not run any more."""
         slots = [waiting.payload for waiting in batch.items]
         may_start = {job: self._may_start(job) for job in _jobs_of(slots)}
-        return [slot for slot in slots if may_start[slot.job]]
+        return [slot for slot in slots if may_start[slot.job] and not self._refused(slot)]
+
+    def _refused(self, slot: Slot) -> bool:
+        """Whether this input of a suspect has been tried too often; it fails then."""
+        job = slot.job
+        refusal = self._events.may_run(job, slot.index) if job.suspect else None
+        if refusal is None:
+            return False
+        if len(job.inputs) == 1:
+            job.failure = refusal
+        if job.settle(slot.index, refusal):
+            self._events.finished([job])
+        return True
 
     def _may_start(self, job: Job) -> bool:
         if job.failure is not None or job.given_up:
@@ -163,10 +183,6 @@ class Runner(threading.Thread):
         if self._events.unwanted(job):
             job.given_up = True  # its other items are passed over as well
             self._events.dropped([job])
-            return False
-        if job.suspect and (refusal := self._events.may_run(job)) is not None:
-            job.failure = refusal
-            self._events.finished([job])
             return False
         return True
 

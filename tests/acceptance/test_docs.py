@@ -278,12 +278,12 @@ def test_the_example_puts_a_parked_job_back(fleet: Mapping[str, str]) -> None:
     program = ROOT / "examples" / "dead_letters.py"
     key, job_id = dead_letter_key("minilm"), "11111111-2222-4333-a444-555555555555"
     with redis.Redis.from_url(fleet["CORTEX_BROKER_URL"]) as client:
-        client.set(f"cortex:attempts:{job_id}", 3)
+        client.hset(f"cortex:attempts:{job_id}", "0", 3)
         client.lpush(key, json.dumps({"id": job_id, "reason": "it died", "at": 0, "message": parked_message(job_id)}))
         assert job_id in run(program, "minilm", env=fleet)
         run(program, "minilm", "--retry", job_id, env=fleet)
         assert client.llen(key) == 0
-        assert client.get(f"cortex:attempts:{job_id}") in (None, b"1")
+        assert client.hget(f"cortex:attempts:{job_id}", "0") in (None, b"1")
         told = subprocess.run(
             [sys.executable, "-c", WAIT, job_id], env=fleet, capture_output=True, text=True, timeout=60, check=False
         )

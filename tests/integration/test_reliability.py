@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import struct
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -139,6 +140,8 @@ def test_poison_is_parked_and_its_neighbours_are_answered(redis_url: str, tmp_pa
             for n in range(10)
         ]
         bad = app.send_task("cortex.embed", kwargs={"inputs": [f"bad {KILL}"], "model": "poison"}, queue="poison")
+        inputs = ["fine", f"mixed {KILL}", "fine too"]
+        mixed = app.send_task("cortex.embed", kwargs={"inputs": inputs, "model": "poison"}, queue="poison")
         deaths = 0
         worker = WorkerProcess(redis_url, tmp_path / "worker.log", wait=False)
         try:
@@ -148,7 +151,7 @@ def test_poison_is_parked_and_its_neighbours_are_answered(redis_url: str, tmp_pa
                 if worker.process.poll() is not None:
                     deaths += 1
                     worker = WorkerProcess(redis_url, tmp_path / "worker.log", wait=False)
-                return bad.ready() and all(result.ready() for result in good)
+                return all(result.ready() for result in (bad, mixed, *good))
 
             poll_until(answered, "an answer for each", 120)
         finally:
@@ -156,12 +159,16 @@ def test_poison_is_parked_and_its_neighbours_are_answered(redis_url: str, tmp_pa
     with pytest.raises(cortex_tasks.errors.PoisonJob, match="parked"):
         bad.get(timeout=1)
     assert all(result.successful() for result in good)
-    assert deaths == 3
-    (entry,) = client.lrange("cortex:dead:poison", 0, -1)
-    parked = json.loads(entry)
-    assert parked["id"] == bad.id
-    assert "died" in parked["reason"]
-    assert parked["message"]["headers"]["id"] == bad.id
+    # Only the guilty input of a job fails.
+    kinds = [item.get("error", {}).get("code", "value") for item in mixed.get(timeout=1)["items"]]
+    assert kinds == ["value", "poison_job", "value"]
+    # One death with all of them in a batch, then two more for each of the two that did it, alone.
+    assert deaths == 5
+    parked = {entry["id"]: entry for entry in map(json.loads, client.lrange("cortex:dead:poison", 0, -1))}
+    assert parked.keys() == {bad.id, mixed.id}
+    assert "died" in parked[bad.id]["reason"]
+    assert "input 1" in parked[mixed.id]["reason"]
+    assert parked[bad.id]["message"]["headers"]["id"] == bad.id
 
 
 def test_a_redis_that_restarts_is_found_again(tmp_path: Path) -> None:
@@ -176,3 +183,44 @@ def test_a_redis_that_restarts_is_found_again(tmp_path: Path) -> None:
             poll_until(lambda: len(answers(client, jobs)) == 400, "every answer", 60)
             poll_until(lambda: at_rest(client, "slow"), "nothing left behind")
         assert_all_own(answers(client, jobs), jobs)
+
+
+def test_a_worker_full_of_bulk_still_takes_interactive_work(redis_url: str, tmp_path: Path) -> None:
+    client = redis.Redis.from_url(redis_url)
+    gate = tmp_path / "gate"
+    gate.touch()
+    interactive, bulk = queue_keys("gated")[0], queue_keys("gated")[-1]
+    with (
+        plain_client(redis_url) as app,
+        WorkerProcess(redis_url, tmp_path / "worker.log", env={"CORTEX_TEST_GATE": str(gate)}),
+    ):
+        jobs = [
+            app.send_task("cortex.embed", kwargs={"inputs": [f"b {n}"], "model": "gated"}, queue="gated", priority=9)
+            for n in range(300)
+        ]
+        poll_until(lambda: gate.with_suffix(".entered").exists(), "a bulk batch at the gate")
+        # The test fleet's workers hold 128 messages, of which 96 may be bulk.
+        poll_until(lambda: client.llen(bulk) == 300 - 96, "a worker full of bulk")
+        urgent = app.send_task("cortex.embed", kwargs={"inputs": ["now"], "model": "gated"}, queue="gated")
+        poll_until(lambda: client.llen(interactive) == 0, "the interactive job taken while the gate is shut")
+        assert client.llen(bulk) == 300 - 96
+        gate.unlink()
+        assert urgent.get(timeout=20)["items"]
+        assert all(job.get(timeout=60)["items"] for job in jobs)
+
+
+def test_a_job_dropped_at_once_holds_up_nobody(redis_url: str, tmp_path: Path) -> None:
+    """Jobs that end in the very step that fetched them leave no wake-up behind: the next ones must not wait for one."""
+    with plain_client(redis_url) as app, WorkerProcess(redis_url, tmp_path / "worker.log"):
+        kwargs = {"inputs": ["text"], "model": "echo"}
+        waits_ms = []
+        for _ in range(10):
+            app.send_task("cortex.embed", kwargs=kwargs, queue="echo", expires=-1)
+            answer = app.send_task("cortex.embed", kwargs=kwargs, queue="echo", headers=sent_now()).get(timeout=20)
+            waits_ms.append(answer["timings"]["queue_ms"])
+    # The timer that would end the stall ticks every 500 ms; a busy machine delays some, not most.
+    assert sorted(waits_ms)[4] < 250
+
+
+def sent_now() -> dict[str, Any]:
+    return {"cortex": {"sent_at": time.time()}}

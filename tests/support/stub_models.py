@@ -106,9 +106,12 @@ class Listener:
     def unwanted(self, job: Job) -> bool:
         return job.id in self.unwanted_ids
 
-    def may_run(self, job: Job) -> CortexError | None:
+    def may_run(self, job: Job, index: int) -> CortexError | None:
         self.asked.append(job.id)
         return self.refusals.get(job.id)
+
+    def survived(self, job: Job, index: int) -> None:
+        self._note("survived", [job])
 
     def ids(self, what: str) -> list[str]:
         return [job_id for told, job_id in self.told if told == what]

@@ -201,14 +201,15 @@ class BatchingPool(BasePool):
     def unwanted(self, job: Job) -> bool:
         return job.ticket.done or job.deadline_s < time.time() or job.id in worker_state.revoked
 
-    def may_run(self, job: Job) -> CortexError | None:
-        """Count a suspect's attempts (it runs alone, so only a guilty one dies again); park it beyond the limit."""
+    def may_run(self, job: Job, index: int) -> CortexError | None:
+        """Count the attempts of a suspect's input (it runs alone, so only a guilty one dies again); beyond the limit
+        the job is parked and the input fails. Its neighbours in the job get their answers."""
         cortex = self.app.cortex
         limit = cortex.fleet.models[job.model].limits.attempts
-        reason = f"its worker died {limit} times while running it"
+        reason = f"its worker died {limit} times while running input {index}"
         try:
             # Its first run, in a batch, was not counted.
-            if cortex.dead_letters.count_attempt(job.id) < limit:
+            if cortex.dead_letters.count_attempt(job.id, index) < limit:
                 return None
             message = job.ticket.request.message._raw
             cortex.dead_letters.park(cortex.fleet.models[job.model].queue, job.id, reason, message)
@@ -216,7 +217,14 @@ class BatchingPool(BasePool):
             # A job must not fail because Redis is away for a moment; a poison's next run counts again.
             logger.warning("the attempts of job %s could not be counted: %s", job.id, type(error).__name__)
             return None
+        logger.error("job %s of model %s was parked as poison: %s (cortex dead list)", job.id, job.model, reason)
         return PoisonJob(f"job {job.id} of model {job.model!r} was parked: {reason}", {"attempts": limit})
+
+    def survived(self, job: Job, index: int) -> None:
+        try:
+            self.app.cortex.dead_letters.clear_attempts(job.id, index)
+        except (RedisError, OSError) as error:
+            logger.warning("the attempts of job %s could not be cleared: %s", job.id, type(error).__name__)
 
     def _tell(self, what: str, jobs: Sequence[Job]) -> None:
         self._inbox.append((what, jobs))

@@ -15,7 +15,8 @@ from __future__ import annotations
 import json
 import logging
 import time
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from itertools import count
 from typing import Any, Final
 from uuid import uuid4
@@ -35,6 +36,12 @@ logger = logging.getLogger(__name__)
 TRANSPORT_NAME: Final = "cortex"
 #: Most messages taken in one step: bounds the time a step holds the hub.
 _FETCH_MAX: Final = 256
+#: Steps before the hub looks at its other sockets.
+_FETCHES_A_TURN: Final = 4
+#: Part of a worker's room that bulk messages never take, so that interactive ones find a place at once.
+_INTERACTIVE_SHARE: Final = 0.25
+#: Messages of this priority and above are bulk (see ``codec.lane_of``).
+_BULK_PRIORITY: Final = 6
 #: A wait ends by itself after this long, and all lists are looked at.
 _WAIT_S: Final = 1
 #: A wait that is this much overdue sits on a dead connection.
@@ -45,22 +52,25 @@ _BACK_OFF_S: Final = 1.0
 _WAITED_PRIORITIES: Final = (0, 9)
 
 # KEYS: unacked hash, unacked index, lists in order of service.
-# ARGV: room, now (epoch s), tag prefix, then the JSON-encoded queue name of each list.
+# ARGV: room, room for bulk, number of interactive lists (they come first), now (epoch s), tag prefix, then the
+# JSON-encoded queue name of each list.
 # Returns a flat list: number of the list (from 0), tag, message, ...
 # pcall: a key that holds no list must not abort the script with messages popped and not recorded.
 _FETCH = """
-local room, out = tonumber(ARGV[1]), {}
+local room, bulk, interactive, out = tonumber(ARGV[1]), tonumber(ARGV[2]), tonumber(ARGV[3]), {}
 local records, scores = {}, {}
 for i = 3, #KEYS do
-  if room <= 0 then break end
-  local messages = redis.pcall('RPOP', KEYS[i], room)
+  local is_bulk = i - 2 > interactive
+  local take = is_bulk and math.min(room, bulk) or room
+  local messages = take > 0 and redis.pcall('RPOP', KEYS[i], take)
   if messages and not messages.err then
     for _, message in ipairs(messages) do
-      local tag = ARGV[3] .. room
+      local tag = ARGV[5] .. #out
       room = room - 1
+      if is_bulk then bulk = bulk - 1 end
       records[#records + 1] = tag
-      records[#records + 1] = '[' .. message .. ',"",' .. ARGV[i + 1] .. ']'
-      scores[#scores + 1] = ARGV[2]
+      records[#records + 1] = '[' .. message .. ',"",' .. ARGV[i + 3] .. ']'
+      scores[#scores + 1] = ARGV[4]
       scores[#scores + 1] = tag
       out[#out + 1] = i - 3
       out[#out + 1] = tag
@@ -85,13 +95,26 @@ class CortexChannel(kombu_redis.Channel):
         super().__init__(*args, **kwargs)
         self._fetches = count()
         self._tag_prefix = f"{uuid4().hex[:16]}-"
-        self._fetch_client: Any = None
+        self._commands: Any = None
         self._fetch_script: Any = None
         #: list key -> connection that waits for it, and since when (monotonic seconds; None: not waiting)
         self._waits: dict[str, Any] = {}
         self._waiting_since_s: dict[str, float | None] = {}
         #: Monotonic seconds before which nothing is fetched.
         self._resume_at_s = 0.0
+
+    @contextmanager
+    def conn_or_acquire(self, client: Any = None) -> Iterator[Any]:
+        """Stock builds a redis-py client for each command, which costs more than the command. One serves them all."""
+        if client is None:
+            if self._commands is None:
+                self._commands = self._create_client()
+            client = self._commands
+        yield client
+
+    def _disconnect_pools(self) -> None:
+        self._commands = self._fetch_script = None
+        super()._disconnect_pools()
 
     # --------------------------------------------------------------------------------- fetching
 
@@ -103,7 +126,11 @@ class CortexChannel(kombu_redis.Channel):
         if time.monotonic() < self._resume_at_s:
             return
         try:
-            if not self._fetch():
+            # Until nothing is left or the worker is full. A list that still holds something ends its wait at once.
+            for _ in range(_FETCHES_A_TURN):
+                if not self._fetch() or not self.qos.can_consume():
+                    break
+            if self.qos.can_consume():
                 self._wait(loop)
         except ResponseError as error:
             self._back_off(error)
@@ -115,22 +142,44 @@ class CortexChannel(kombu_redis.Channel):
     def _fetch(self) -> int:
         """Take messages and deliver them; returns how many."""
         room = min(self.qos.can_consume_max_estimate() or _FETCH_MAX, _FETCH_MAX)
+        bulk_room = min(self._bulk_room(), room)
         queues = self._queue_cycle.consume(len(self.active_queues))
         if not queues:
             return 0
         if self._fetch_script is None:
-            self._fetch_client = self._create_client()
-            self._fetch_script = self._fetch_client.register_script(_FETCH)
-        lists = [(self._q_for_pri(queue, step), queue) for step in self.priority_steps for queue in queues]
+            with self.conn_or_acquire() as client:
+                self._fetch_script = client.register_script(_FETCH)
+        lists = [(self._q_for_pri(queue, step), queue, step) for step in self.priority_steps for queue in queues]
+        interactive = sum(step < _BULK_PRIORITY for _, _, step in lists)
         got = self._fetch_script(
-            keys=[self.unacked_key, self.unacked_index_key, *(key for key, _ in lists)],
-            args=[room, time.time(), f"{self._tag_prefix}{next(self._fetches)}-", *(json.dumps(q) for _, q in lists)],
+            keys=[self.unacked_key, self.unacked_index_key, *(key for key, _, _ in lists)],
+            args=[
+                room,
+                bulk_room,
+                interactive,
+                time.time(),
+                f"{self._tag_prefix}{next(self._fetches)}-",
+                *(json.dumps(queue) for _, queue, _ in lists),
+            ],
         )
         for at in range(0, len(got), 3):
-            self._deliver(lists[got[at]][1], got[at + 1].decode(), got[at + 2])
+            _, queue, priority = lists[got[at]]
+            tag = got[at + 1].decode()
+            if priority >= _BULK_PRIORITY:
+                self.qos.bulk.add(tag)
+            self._deliver(queue, tag, got[at + 2])
         if got:
             self._queue_cycle.rotate(lists[got[-3]][1])
         return len(got) // 3
+
+    def _bulk_room(self) -> int:
+        """How many more bulk messages this worker may hold."""
+        prefetch = self.qos.prefetch_count
+        if not prefetch:
+            return _FETCH_MAX
+        share = max(1, prefetch - max(1, round(prefetch * _INTERACTIVE_SHARE)))
+        held: set[str] = self.qos.bulk
+        return int(max(0, share - len(held)))
 
     def _deliver(self, queue: str, tag: str, raw: bytes) -> None:
         """Hand a message to its consumer. One that breaks its reading is parked: its neighbours come through."""
@@ -154,7 +203,9 @@ class CortexChannel(kombu_redis.Channel):
     # ----------------------------------------------------------------------------------- waiting
 
     def _waited_keys(self) -> list[str]:
-        return [self._q_for_pri(queue, priority) for priority in _WAITED_PRIORITIES for queue in self.active_queues]
+        """The lists to wait for: those of bulk only while there is room for it."""
+        priorities = [p for p in _WAITED_PRIORITIES if p < _BULK_PRIORITY or self._bulk_room() > 0]
+        return [self._q_for_pri(queue, priority) for priority in priorities for queue in self.active_queues]
 
     def _all_waited_for(self) -> bool:
         since = self._waiting_since_s

@@ -181,9 +181,20 @@ def test_a_suspect_with_too_many_attempts_fails_unrun() -> None:
     bench.submit(suspect)
     with bench.running():
         bench.events.wait("finished", "suspect")
-    assert suspect.failure is poison
+    assert suspect.outcomes == [poison, poison]
     assert bench.adapter.passes == []
     assert bench.events.ids("finished") == ["suspect"]
+
+
+def test_a_suspect_of_one_input_fails_as_a_whole() -> None:
+    bench = Bench()
+    poison = PoisonJob("parked")
+    bench.events.refusals = {"suspect": poison}
+    suspect = job("suspect", "x", suspect=True)
+    bench.submit(suspect)
+    with bench.running():
+        bench.events.wait("finished", "suspect")
+    assert suspect.failure is poison
 
 
 def test_a_suspects_input_that_prepare_refuses_is_its_error() -> None:
@@ -202,7 +213,7 @@ def test_a_suspects_input_that_prepare_refuses_is_its_error() -> None:
 def test_a_defect_in_the_bookkeeping_gives_an_answer_and_the_thread_lives_on() -> None:
     bench = Bench()
 
-    def ask(asked: Job) -> CortexError | None:
+    def ask(asked: Job, index: int) -> CortexError | None:
         raise LookupError("a defect")
 
     bench.events.may_run = ask  # type: ignore[method-assign]
