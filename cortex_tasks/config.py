@@ -134,6 +134,14 @@ class Limits(Section):
     time_limit_s: Annotated[Number, Field(gt=0)] = 300.0
 
 
+class Gate(Section):
+    """What an int8 engine must reach beside fp32 on held-out texts; below, the model runs in fp32."""
+
+    mean_cosine: Annotated[Number, Field(ge=0, le=1)] = 0.995
+    #: The share of each text's ten nearest neighbours that are the same.
+    top10_overlap: Annotated[Number, Field(ge=0, le=1)] = 0.95
+
+
 class ModelConfig(Section):
     """One model alias."""
 
@@ -144,6 +152,7 @@ class ModelConfig(Section):
     tasks: Annotated[tuple[TaskName, ...], Field(min_length=1)]
     backend: Literal["torch", "openvino", "onnx", "native", "auto"] = "torch"
     precision: Literal["fp32", "bf16", "fp16", "int8"] = "fp32"
+    gate: Gate = Gate()
     queue: Alias
     images: Annotated[tuple[str, ...], Field(min_length=1)]
     tier: Literal["l1", "l2", "disk"] = "l1"

@@ -39,6 +39,8 @@ class ModelCard(_Card):
     adapter: str = ""
     backend: str = ""
     precision: str = ""
+    #: What runs and how it compares with fp32, e.g. "openvino int8 cos 0.9981 top10 0.957"; "" until it is ready.
+    engine: str = ""
     reason: str = ""
     size_bytes: int = 0
     load_ms: float = 0.0

@@ -63,6 +63,8 @@ class Settings(BaseModel):
     #: The image this worker runs as; None: deduced from its queues.
     image: str | None = None
     models_dir: Path | None = None
+    #: Where built engines are kept; None: cache_store.path of queues.yaml.
+    cache_dir: Path | None = None
     connect_timeout_s: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 3.0
     #: Hooks into Celery and kombu; "stock" switches one back.
     pool: Literal["cortex", "stock"] = "cortex"

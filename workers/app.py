@@ -91,6 +91,7 @@ class Wiring:
                     threads=threads_for(self.fleet.images.get(self.image)),
                     device=device(),
                     models_dir=self.settings.models_dir,
+                    cache_dir=self.settings.cache_dir,
                     clock=time.monotonic,
                 )
             return self._registry

@@ -114,6 +114,7 @@ def _facts(adapter: Adapter, tasks: Sequence[str]) -> dict[str, Any]:
         "version": adapter.version,
         "library": adapter.library,
         "note": adapter.note,
+        "engine": [adapter.engine, adapter.precision, adapter.figures],
         "examples": {
             task: [inputs_to_wire(inputs), params.model_dump(mode="json")]
             for task, (inputs, params) in examples.items()

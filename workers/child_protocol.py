@@ -136,13 +136,18 @@ def context_to_wire(context: LoadContext) -> dict[str, Any]:
         "threads": context.threads,
         "device": context.device,
         "precision": context.precision,
+        "backend": context.backend,
+        "cache_dir": None if context.cache_dir is None else str(context.cache_dir),
+        "cache_bytes": context.cache_bytes,
+        "cache_ttl_s": context.cache_ttl_s,
+        "gate_cosine": context.gate_cosine,
+        "gate_top10": context.gate_top10,
     }
 
 
 def context_from_wire(wire: dict[str, Any]) -> LoadContext:
-    snapshot = wire["snapshot"]
-    path = None if snapshot is None else Path(snapshot)
-    return LoadContext(**{**wire, "snapshot": path, "tasks": tuple(wire["tasks"])})
+    paths = {name: None if wire[name] is None else Path(wire[name]) for name in ("snapshot", "cache_dir")}
+    return LoadContext(**{**wire, **paths, "tasks": tuple(wire["tasks"])})
 
 
 def inputs_to_wire(inputs: Iterable[Any]) -> list[Any]:

@@ -141,6 +141,7 @@ class ChildHost(Adapter):
         # Adapter.version belongs to a class; this object stands for the hosted one.
         vars(self)["version"] = facts["version"]
         self.note = facts["note"]
+        self.engine, self.precision, self.figures = facts["engine"]
         self._library = facts["library"]
         self._examples = facts["examples"]
         heaviest = max(child.ready_bytes for child in self._children)

@@ -74,8 +74,9 @@ class Model:
             state=self.state,
             revision=self.revision,
             adapter=self.config.adapter,
-            backend=self.config.backend,
-            precision=self.config.precision,
+            backend=(self.adapter and self.adapter.engine) or self.config.backend,
+            precision=(self.adapter and self.adapter.precision) or self.config.precision,
+            engine=_engine(self.adapter),
             reason=self.reason,
             size_bytes=self.adapter.size_bytes if self.adapter else 0,
             load_ms=round(self.load_ms, 1),
@@ -89,10 +90,15 @@ class Model:
 
 def revision_of(config: ModelConfig, adapter: Adapter, digest: str) -> str:
     """The digest (32 hex digits) of all that decides an answer: weights, tokenizer and configuration (the
-    snapshot's digest), adapter and its version, library, numeric class and options."""
-    parts = [digest, config.adapter, adapter.version, adapter.library, config.backend, config.precision]
+    snapshot's digest), adapter and its version, library, the engine and the numeric class that really run, options."""
+    running = [adapter.engine or config.backend, adapter.precision or config.precision]
+    parts = [digest, config.adapter, adapter.version, adapter.library, *running]
     text = json.dumps([*parts, config.options], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:32]
+
+
+def _engine(adapter: Adapter | None) -> str:
+    return " ".join(filter(None, (adapter.engine, adapter.precision, adapter.figures))) if adapter else ""
 
 
 class Registry:
@@ -107,6 +113,7 @@ class Registry:
         device: str,
         models_dir: Path | None,
         clock: Callable[[], float],
+        cache_dir: Path | None = None,
     ) -> None:
         self.models = {alias: Model(alias, fleet.models[alias]) for alias in aliases}
         children = sum(model.config.children for model in self.models.values())
@@ -116,6 +123,8 @@ class Registry:
         self._threads = threads
         self._device = device
         self._models_dir = models_dir
+        self._cache_dir = cache_dir
+        self._cache_store = fleet.storage_config.cache_store
         self._clock = clock
         self._locks = {alias: threading.Lock() for alias in self.models}
 
@@ -189,6 +198,12 @@ class Registry:
             threads=self._threads,
             device=self._device,
             precision=config.precision,
+            backend=config.backend,
+            cache_dir=self._cache_dir or self._cache_store.path,
+            cache_bytes=self._cache_store.max_size,
+            cache_ttl_s=self._cache_store.ttl_s,
+            gate_cosine=config.gate.mean_cosine,
+            gate_top10=config.gate.top10_overlap,
         )
         adapter = self._host(config, context) if config.children else cls.load(context)
         loaded = self._clock()

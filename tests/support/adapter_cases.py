@@ -31,10 +31,25 @@ class AdapterCase:
     options: Mapping[str, Any] = field(default_factory=dict)
     #: Loads a real library (marked ``models``).
     heavy: bool = True
+    #: A module that it needs and that an extra installs; skipped without it on a laptop.
+    requires: str = ""
+    backend: str = "torch"
+    precision: str = "fp32"
+    #: Largest difference between an answer in a batch and alone.
+    tolerance: float = 1e-5
 
     def context(self, directory: Path) -> LoadContext:
         snapshot = self.snapshot(directory) if self.snapshot else None
-        return LoadContext(self.name, snapshot, "0" * 64 if snapshot else "", self.tasks, self.options)
+        return LoadContext(
+            self.name,
+            snapshot,
+            "0" * 64 if snapshot else "",
+            self.tasks,
+            self.options,
+            backend=self.backend,
+            precision=self.precision,
+            cache_dir=directory / "cache",
+        )
 
 
 TEXTS = ("The cat sat on the mat.", "Rain.", "Where is Paris? In France, " * 3, "Café, 42 % of it!", "good movie", "a")
@@ -81,6 +96,24 @@ _PROPHET = {"forecast": SERIES, "decompose": SERIES, "detect_anomalies": SERIES}
 _DISTILBERT = {"fill_mask": MASKED, "features": TEXTS}
 _LABELS = {"labels": ["sport", "politics", "a slow queue"]}
 
+#: Every engine beside torch, on a tiny model and on real weights. One int8 step is worth some 1e-3 of a vector.
+_ENGINES = tuple(
+    AdapterCase(
+        f"{name}-{backend}-{precision}",
+        "sentence_transformers",
+        ("embed",),
+        snapshot,
+        inputs={"embed": TEXTS},
+        requires=module,
+        backend=backend,
+        precision=precision,
+        tolerance=1e-5 if precision == "fp32" else 1e-2,
+    )
+    for name, snapshot in (("tiny", _tiny("sentence_encoder", prompt="text: ")), ("minilm", _minilm))
+    for backend, module in (("openvino", "openvino"), ("onnx", "onnxruntime"))
+    for precision in (("fp32",) if name == "tiny" else ("fp32", "int8"))
+)
+
 CASES: tuple[AdapterCase, ...] = (
     _echo(),
     AdapterCase("minilm", "sentence_transformers", ("embed",), _minilm, inputs={"embed": TEXTS}),
@@ -91,6 +124,7 @@ CASES: tuple[AdapterCase, ...] = (
         _tiny("sentence_encoder", prompt="text: "),
         inputs={"embed": TEXTS},
     ),
+    *_ENGINES,
     AdapterCase("tiny-distilbert", "transformers", tuple(_DISTILBERT), _tiny("masked_lm"), inputs=_DISTILBERT),
     AdapterCase("tiny-encoder", "transformers", ("features",), _tiny("encoder"), inputs={"features": TEXTS},
                 params={"features": {"pooling": "mean"}}),

@@ -42,6 +42,15 @@ class LoadContext:
     #: "cpu", "cuda", "cuda:0", ...
     device: str = "cpu"
     precision: str = "fp32"
+    #: "torch", "openvino", "onnx", "auto" or "native"; an adapter may know one of them only.
+    backend: str = "torch"
+    #: Where built engines are kept, how many bytes of them, and for how long unused; None: the user's own cache.
+    cache_dir: Path | None = None
+    cache_bytes: int = 5 * 10**9
+    cache_ttl_s: float = 86_400.0
+    #: What an int8 engine must reach beside fp32 on held-out texts (0..1).
+    gate_cosine: float = 0.995
+    gate_top10: float = 0.95
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +70,11 @@ class Adapter(ABC):
     weights_optional: ClassVar[bool] = False
     #: What an operator should know about this model, e.g. that it is a fallback; shown as the model's reason.
     note: str = ""
+    #: The engine and the numeric class that really run, part of the revision; "": as queues.yaml says.
+    engine: str = ""
+    precision: str = ""
+    #: How the engine compares with fp32, e.g. "cos 0.9981 top10 0.957"; "" when nothing was compared.
+    figures: str = ""
 
     @classmethod
     @abstractmethod

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Annotated, Any, Self, cast
 
 import numpy as np
@@ -19,6 +21,7 @@ from workers.adapters._options import Options, read_options
 from workers.adapters._torch import (
     Tokens,
     TokensReader,
+    chunks,
     collate,
     dtype_of,
     loading,
@@ -27,9 +30,17 @@ from workers.adapters._torch import (
     window_of,
 )
 from workers.adapters.base import Adapter, Item, LoadContext, WireValue
+from workers.engines.base import Engine
+from workers.engines.cache_store import CacheStore, writable_root
 from workers.engines.onednn import use_onednn
+from workers.engines.select import Request, Subject, choose, numeric_class
+from workers.engines.torch import TorchEngine
 
 _PROBE = "The quick brown fox, 42 times."
+#: Two texts of unequal length.
+_EXAMPLE = (_PROBE, "A second, longer text, so that the batch is padded. " * 4)
+#: Padded tokens in one call while engines are built and compared.
+_BUILD_TOKENS = 1024
 _TOKEN_FEATURES = frozenset({"input_ids", "attention_mask", "token_type_ids"})
 
 
@@ -48,48 +59,62 @@ class SentenceTransformersAdapter(Adapter):
     With one difference: ``normalize=False`` also skips a Normalize module at the end of the model (MiniLM has
     one), which ``encode`` would run; so the vector is always the raw one when the raw one is asked for.
 
-    The library's modules run as they are; only tokenising (once, before batching) and padding are done here.
+    The transformer runs on the engine that the model's ``backend`` names, the library's other modules as they are;
+    tokenising (once, before batching) and padding are done here.
     """
 
     version = "2"
 
-    def __init__(self, model: SentenceTransformer, options: EmbedOptions) -> None:
+    def __init__(self, model: SentenceTransformer, options: EmbedOptions, precision: str) -> None:
         self._model = model
         self._tokenizer = model.tokenizer
         self._prompt: str = model.prompts.get(options.prompt_name or model.default_prompt_name or "", "")
         self._reader = TokensReader(self._tokenizer, window_of(model.max_seq_length))
-        modules = list(model.children())
-        self._modules = modules
-        self._unnormalized = modules[:-1] if isinstance(modules[-1], Normalize) else modules
+        self._modules = list(model.children())
+        transformer, *later = self._modules
+        self._later = later
+        self._unnormalized = later[:-1] if later and isinstance(later[-1], Normalize) else later
+        self._output: str = transformer.module_output_name
+        self._device = model.device
+        self._engine: Engine = TorchEngine(transformer, self._output, precision)
+        self.engine, self.precision = self._engine.name, self._engine.precision
         self._constants = self._constant_features()
 
     @classmethod
     def load(cls, context: LoadContext) -> Self:
         options = read_options(EmbedOptions, context)
+        precision, note = numeric_class(context.backend, context.precision, context.device)
+        elsewhere = context.device == "cpu" and _runs_elsewhere(context.backend, precision)
+        loaded_as = "fp32" if elsewhere else precision
         with loading(context) as snapshot:
             model = SentenceTransformer(
                 str(snapshot),
                 device=context.device,
                 local_files_only=True,
                 trust_remote_code=False,
-                model_kwargs={"dtype": dtype_of(context), "use_safetensors": True},
+                model_kwargs={"dtype": dtype_of(replace(context, precision=loaded_as)), "use_safetensors": True},
             )
             _check(model, options, context)
             if options.max_seq_length is not None:
                 model.max_seq_length = window_of(options.max_seq_length, model.max_seq_length)
             use_onednn(model.eval().requires_grad_(False))
-            return cls(model, options)
+            adapter = cls(model, options, loaded_as)
+        adapter.note = note
+        if elsewhere:
+            adapter._take_engine(replace(context, precision=precision))
+        return adapter
 
     @property
     def size_bytes(self) -> int:
-        return size_of(self._modules)
+        return size_of(self._modules) + self._engine.size_bytes
 
     @property
     def library(self) -> str:
-        return f"sentence-transformers {sentence_transformers.__version__}, torch {torch.__version__}"
+        engine = self._engine.library
+        return f"sentence-transformers {sentence_transformers.__version__}, {engine}"
 
     def example(self, task: str) -> tuple[Sequence[Any], Params]:
-        return [_PROBE, "A second, longer text, so that the batch is padded. " * 4], EmbedParams()
+        return _EXAMPLE, EmbedParams()
 
     def prepare(self, task: str, inputs: Sequence[Any], params: Params) -> list[Item | CortexError]:
         read = self._reader.read(inputs, prefix=self._prompt)
@@ -97,13 +122,14 @@ class SentenceTransformersAdapter(Adapter):
 
     def forward(self, task: str, items: Sequence[Item], params: Params) -> Sequence[NDArray[np.float32]]:
         """One vector an item: float32, shape ``(dimensions,)``."""
-        if not items:
-            return []
-        normalize = cast("EmbedParams", params).normalize
         rows: list[Tokens] = [item.data for item in items]
+        return self._forward(self._engine, rows, cast("EmbedParams", params).normalize) if rows else []
+
+    def _forward(self, engine: Engine, rows: Sequence[Tokens], normalize: bool) -> list[NDArray[np.float32]]:
         with torch.inference_mode():
-            features: dict[str, Any] = collate(rows, self._tokenizer, self._model.device) | self._constants
-            for module in self._modules if normalize else self._unnormalized:
+            features: dict[str, Any] = collate(rows, self._tokenizer, self._device) | self._constants
+            features[self._output] = engine.encode(features)
+            for module in self._later if normalize else self._unnormalized:
                 features = module(features)
             vectors: torch.Tensor = features["sentence_embedding"].float()
             vectors = vectors[:, : self._model.truncate_dim]
@@ -118,7 +144,35 @@ class SentenceTransformersAdapter(Adapter):
         ]
 
     def close(self) -> None:
+        self._engine.close()
         release(self._modules)
+
+    def _take_engine(self, context: LoadContext) -> None:
+        """Run on the engine that the model's backend names instead of torch."""
+        rows = [row for row in self._reader.read(_EXAMPLE, prefix=self._prompt) if isinstance(row, Tokens)]
+        subject = Subject(
+            transformer=self._modules[0],
+            output=self._output,
+            example=collate(rows, self._tokenizer, self._device),
+            constants=self._constants,
+            embed=self._embed,
+        )
+        chosen = choose(_request(context), subject)
+        self._engine, self.figures = chosen.engine, chosen.figures
+        self.engine, self.precision = chosen.engine.name, chosen.engine.precision
+        self.note = chosen.note or self.note
+        if self.engine != TorchEngine.name:
+            release(self._modules[:1])
+
+    def _embed(self, engine: Engine, texts: Sequence[str]) -> NDArray[np.float32]:
+        """Unnormalised vectors, shape ``(texts, dimensions)``, in the texts' order."""
+        read = self._reader.read(texts, prefix=self._prompt)
+        rows = [row for row in read if isinstance(row, Tokens)]
+        order = sorted(range(len(rows)), key=lambda index: len(rows[index].ids))
+        vectors: list[NDArray[np.float32]] = []
+        for part in chunks([len(rows[index].ids) for index in order], _BUILD_TOKENS):
+            vectors += self._forward(engine, [rows[index] for index in order[part]], normalize=False)
+        return np.stack(vectors)[np.argsort(order)]
 
     def _constant_features(self) -> dict[str, Any]:
         """What the library hands its modules beside the tokens (modality, length of the prompt).
@@ -132,6 +186,25 @@ class SentenceTransformersAdapter(Adapter):
         if strange or not isinstance(ours, Tokens) or theirs["input_ids"][0].tolist() != ours.ids:
             raise ValueError("the model does not read a text as plain tokens, which this adapter needs")
         return constants
+
+
+def _runs_elsewhere(backend: str, precision: str) -> bool:
+    """Whether another engine than torch may run it; 16-bit types are torch's alone."""
+    return backend in ("openvino", "onnx") or (backend == "auto" and precision in ("fp32", "int8"))
+
+
+def _request(context: LoadContext) -> Request:
+    root = writable_root(context.cache_dir) if context.cache_dir else writable_root()
+    return Request(
+        alias=context.alias,
+        backend=context.backend,
+        precision=context.precision,
+        digest=f"{context.digest} {json.dumps(dict(context.options), sort_keys=True)}",
+        threads=context.threads,
+        store=CacheStore(root, max_bytes=context.cache_bytes, ttl_s=context.cache_ttl_s),
+        mean_cosine=context.gate_cosine,
+        top10_overlap=context.gate_top10,
+    )
 
 
 def _check(model: SentenceTransformer, options: EmbedOptions, context: LoadContext) -> None:

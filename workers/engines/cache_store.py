@@ -38,19 +38,20 @@ class Entry:
     facts: dict[str, Any]
 
 
-def writable_root(configured: Path, environ: Mapping[str, str] = os.environ) -> Path:
-    """The configured directory, made if need be; the user's own cache directory where that cannot be written.
+def writable_root(configured: Path | None = None, environ: Mapping[str, str] = os.environ) -> Path:
+    """The configured directory, made if need be; the user's own cache directory without one that can be written.
 
     Raises ModelUnavailable when neither can.
     """
     own = Path(environ.get("XDG_CACHE_HOME") or Path(environ.get("HOME") or "/nonexistent") / ".cache") / "cortex"
-    for root in (configured, own):
+    for root in filter(None, (configured, own)):
         with contextlib.suppress(OSError):
             (root / "engines").mkdir(parents=True, exist_ok=True)
             if os.access(root / "engines", os.W_OK | os.X_OK):
                 return root
     raise ModelUnavailable(
-        f"built engines can be kept neither in {configured} nor in {own}; name a writable directory in CORTEX_CACHE_DIR"
+        f"built engines can be kept neither in {configured or own} nor in {own}; "
+        "name a writable directory in CORTEX_CACHE_DIR"
     )
 
 
