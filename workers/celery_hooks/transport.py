@@ -126,7 +126,7 @@ class CortexChannel(kombu_redis.Channel):
         if time.monotonic() < self._resume_at_s:
             return
         try:
-            # Until nothing is left or the worker is full. A list that still holds something ends its wait at once.
+            # Until the lists are empty or the worker is full. A list that still holds something ends its wait at once.
             for _ in range(_FETCHES_A_TURN):
                 if not self._fetch() or not self.qos.can_consume():
                     break
@@ -139,13 +139,13 @@ class CortexChannel(kombu_redis.Channel):
         self._resume_at_s = time.monotonic() + _BACK_OFF_S
         logger.warning("Redis refuses to hand out messages: %s; trying again", error)
 
-    def _fetch(self) -> int:
-        """Take messages and deliver them; returns how many."""
+    def _fetch(self) -> bool:
+        """Take messages and deliver them; returns whether there may be more."""
         room = min(self.qos.can_consume_max_estimate() or _FETCH_MAX, _FETCH_MAX)
         bulk_room = min(self._bulk_room(), room)
         queues = self._queue_cycle.consume(len(self.active_queues))
         if not queues:
-            return 0
+            return False
         if self._fetch_script is None:
             with self.conn_or_acquire() as client:
                 self._fetch_script = client.register_script(_FETCH)
@@ -170,7 +170,7 @@ class CortexChannel(kombu_redis.Channel):
             self._deliver(queue, tag, got[at + 2])
         if got:
             self._queue_cycle.rotate(lists[got[-3]][1])
-        return len(got) // 3
+        return len(got) // 3 == room
 
     def _bulk_room(self) -> int:
         """How many more bulk messages this worker may hold."""
