@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, Final, Self
 
@@ -18,6 +19,7 @@ from workers.adapters._options import Options, read_options
 from workers.adapters._torch import dtype_of, loading, release, size_of, window_of
 from workers.adapters.base import Adapter, Item, LoadContext, WireValue
 from workers.engines.onednn import use_onednn
+from workers.engines.select import numeric_class
 
 _LOCAL: Final = {"local_files_only": True, "trust_remote_code": False}
 #: For a model that names no limit at all.
@@ -43,6 +45,8 @@ class TransformersAdapter(Adapter):
 
     version = "2"
 
+    engine = "torch"
+
     def __init__(self, heads: dict[str, Head[Any]], models: list[Any]) -> None:
         self._heads = heads
         self._models = models
@@ -55,6 +59,12 @@ class TransformersAdapter(Adapter):
                 raise ConfigError(
                     f"models.{context.alias}.tasks: adapter transformers serves {', '.join(HEADS)}, not {task}"
                 )
+        precision, note = numeric_class("torch", context.precision, context.device)
+        context = replace(context, precision=precision)
+        if context.backend not in ("torch", "auto"):
+            raise ConfigError(
+                f"models.{context.alias}.backend: adapter transformers runs on torch, not on {context.backend!r}"
+            )
         with loading(context) as snapshot:
             config = AutoConfig.from_pretrained(snapshot, **_LOCAL)
             tokenizer = AutoTokenizer.from_pretrained(snapshot, **_LOCAL)
@@ -74,7 +84,9 @@ class TransformersAdapter(Adapter):
                 )
                 for task in context.tasks
             }
-            return cls(heads, list(models.values()))
+            adapter = cls(heads, list(models.values()))
+        adapter.precision, adapter.note = precision, note
+        return adapter
 
     @property
     def size_bytes(self) -> int:
