@@ -11,8 +11,9 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from cortex_tasks.codec import PRIORITY_STEPS, lane_of, queue_key
+from cortex_tasks.dead_letters import dead_letter_key
 
-__all__ = ["QueueDepth", "dead_letter_key", "read_depths"]
+__all__ = ["QueueDepth", "read_depths"]
 
 # kombu's: a hash of delivery tag -> JSON of [message, exchange, routing key], and a sorted set of tag -> the epoch
 # second of its last claim.
@@ -59,11 +60,6 @@ class QueueDepth:
     def total(self) -> int:
         """Ready and unacked."""
         return self.ready + self.unacked
-
-
-def dead_letter_key(queue: str) -> str:
-    """The list on which a queue's poison jobs are parked."""
-    return f"cortex:dead:{queue}"
 
 
 def read_depths(redis: Any, queues: Iterable[str], *, lease_s: float, now_s: float) -> list[QueueDepth]:

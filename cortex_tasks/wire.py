@@ -34,7 +34,7 @@ from cortex_tasks.publish import PUSH_SCRIPT, Envelope, push_arguments, revoke_m
 if TYPE_CHECKING:
     import redis.asyncio
 
-__all__ = ["AsyncRedisWire", "AsyncWire", "RedisWire", "Wire", "reaching", "unavailable"]
+__all__ = ["AsyncRedisWire", "AsyncWire", "RedisWire", "Wire", "unavailable"]
 
 _log = logging.getLogger(__name__)
 
@@ -127,7 +127,7 @@ def unavailable(url: str, error: BaseException) -> BrokerUnavailable:
 
 
 @contextmanager
-def reaching(url: str) -> Iterator[None]:
+def _reaching(url: str) -> Iterator[None]:
     """Raise what redis-py raises as BrokerUnavailable."""
     try:
         yield
@@ -192,18 +192,18 @@ class RedisWire:
 
     def push(self, envelope: Envelope, messages: Sequence[bytes], *, partial: bool) -> tuple[int, int]:
         keys, args = push_arguments(envelope, messages, partial=partial)
-        with reaching(self._broker_url):
+        with _reaching(self._broker_url):
             pushed, depth = self._push(keys, args)
         return int(pushed), int(depth)
 
     def fetch(self, job_ids: Sequence[str]) -> list[bytes | None]:
-        with reaching(self._results_url):
+        with _reaching(self._results_url):
             found = self._results.mget([result_key(job_id) for job_id in job_ids])
         return list(found)
 
     def listen(self, channel: str) -> None:
         self.unlisten()
-        with reaching(self._results_url), _no_permission(channel):
+        with _reaching(self._results_url), _no_permission(channel):
             pubsub = self._listener.pubsub()
             pubsub.subscribe(channel)
             pubsub.get_message(timeout=COMMAND_TIMEOUT_S)
@@ -214,7 +214,7 @@ class RedisWire:
             time.sleep(timeout_s)
             return []
         ids: list[str] = []
-        with reaching(self._results_url):
+        with _reaching(self._results_url):
             message = self._pubsub.get_message(timeout=timeout_s)
             while message is not None:
                 ids += _announced(message)
@@ -228,15 +228,15 @@ class RedisWire:
 
     def revoke(self, job_ids: Sequence[str]) -> None:
         channel, message = revoke_message(job_ids, self._db)
-        with reaching(self._broker_url):
+        with _reaching(self._broker_url):
             self._broker.publish(channel, message)
 
     def cards(self) -> list[WorkerCard]:
-        with reaching(self._broker_url):
+        with _reaching(self._broker_url):
             return read_cards(self._broker)
 
     def depth(self, queue: str) -> int:
-        with reaching(self._broker_url), self._broker.pipeline(transaction=False) as pipe:
+        with _reaching(self._broker_url), self._broker.pipeline(transaction=False) as pipe:
             for key in queue_keys(queue):
                 pipe.llen(key)
             return int(sum(pipe.execute()))
@@ -275,18 +275,18 @@ class AsyncRedisWire:
 
     async def push(self, envelope: Envelope, messages: Sequence[bytes], *, partial: bool) -> tuple[int, int]:
         keys, args = push_arguments(envelope, messages, partial=partial)
-        with reaching(self._broker_url):
+        with _reaching(self._broker_url):
             pushed, depth = await self._push(keys, args)
         return int(pushed), int(depth)
 
     async def fetch(self, job_ids: Sequence[str]) -> list[bytes | None]:
-        with reaching(self._results_url):
+        with _reaching(self._results_url):
             found = await self._results.mget([result_key(job_id) for job_id in job_ids])
         return list(found)
 
     async def listen(self, channel: str) -> None:
         await self.unlisten()
-        with reaching(self._results_url), _no_permission(channel):
+        with _reaching(self._results_url), _no_permission(channel):
             pubsub = self._listener.pubsub()
             await pubsub.subscribe(channel)
             await pubsub.get_message(timeout=COMMAND_TIMEOUT_S)
@@ -297,7 +297,7 @@ class AsyncRedisWire:
             await sleep(timeout_s)
             return []
         ids: list[str] = []
-        with reaching(self._results_url):
+        with _reaching(self._results_url):
             message = await self._pubsub.get_message(timeout=timeout_s)
             while message is not None:
                 ids += _announced(message)
@@ -311,17 +311,17 @@ class AsyncRedisWire:
 
     async def revoke(self, job_ids: Sequence[str]) -> None:
         channel, message = revoke_message(job_ids, self._db)
-        with reaching(self._broker_url):
+        with _reaching(self._broker_url):
             await self._broker.publish(channel, message)
 
     async def cards(self) -> list[WorkerCard]:
-        with reaching(self._broker_url):
+        with _reaching(self._broker_url):
             nodes = [node.decode() for node in await self._broker.zrange(WORKERS_KEY, 0, -1)]
             raw = await self._broker.mget([worker_key(node) for node in nodes]) if nodes else []
         return parse_cards(raw)
 
     async def depth(self, queue: str) -> int:
-        with reaching(self._broker_url):
+        with _reaching(self._broker_url):
             async with self._broker.pipeline(transaction=False) as pipe:
                 for key in queue_keys(queue):
                     pipe.llen(key)

@@ -12,19 +12,12 @@ import time
 from collections.abc import Callable
 from typing import Any, Final
 
-__all__ = ["DEAD_LETTERS_MAX", "DeadLetters", "add_dead_letter", "attempts_key", "dead_letter_key"]
+from cortex_tasks.dead_letters import attempts_key, dead_letter_key
+
+__all__ = ["DEAD_LETTERS_MAX", "DeadLetters", "add_dead_letter", "dead_letter_key"]
 
 DEAD_LETTERS_MAX: Final = 10_000
 _ATTEMPTS_TTL_S: Final = 86_400
-
-
-def dead_letter_key(queue: str) -> str:
-    return f"cortex:dead:{queue}"
-
-
-def attempts_key(job_id: str) -> str:
-    """The hash that counts a suspect job's attempts: index of an input -> count."""
-    return f"cortex:attempts:{job_id}"
 
 
 def add_dead_letter(pipe: Any, queue: str, job_id: str, reason: str, message: Any, at_s: float) -> None:

@@ -37,16 +37,18 @@ def open_redis(settings: Settings) -> Iterator[Any]:
     from redis.backoff import NoBackoff
     from redis.retry import Retry
 
-    from cortex_tasks.wire import reaching
+    from cortex_tasks.wire import unavailable
 
     timeout_s = settings.connect_timeout_s
-    with (
-        reaching(settings.broker),
-        redis.Redis.from_url(
-            settings.broker, socket_timeout=timeout_s, socket_connect_timeout=timeout_s, retry=Retry(NoBackoff(), 0)
-        ) as client,
-    ):
+    client = redis.Redis.from_url(
+        settings.broker, socket_timeout=timeout_s, socket_connect_timeout=timeout_s, retry=Retry(NoBackoff(), 0)
+    )
+    try:
         yield client
+    except redis.RedisError as error:
+        raise unavailable(settings.broker, error) from error
+    finally:
+        client.close()
 
 
 # ---------------------------------------------------------------------------------------------------- models

@@ -24,7 +24,7 @@ from cortex_tasks.catalog import TASKS
 from cortex_tasks.cli import main
 from cortex_tasks.cli.exits import EPILOG
 from cortex_tasks.config import FleetConfig, default_queues_file
-from cortex_tasks.depths import dead_letter_key
+from cortex_tasks.dead_letters import attempts_key, dead_letter_key
 from cortex_tasks.procfile import child_environment
 from cortex_tasks.settings import Settings
 from tests.support.markdown import PAGES, ROOT, anchors, blocks, commands, links, prose, tables
@@ -238,8 +238,16 @@ def fleet(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Mapping[str, str
 
 
 def run(program: Path, *arguments: str, env: Mapping[str, str], given: str = "") -> str:
+    return succeed([sys.executable, str(program), *arguments], env, given)
+
+
+def cortex(*arguments: str, env: Mapping[str, str]) -> str:
+    return succeed([sys.executable, "-c", "from cortex_tasks.cli import main; main()", *arguments], env)
+
+
+def succeed(command: list[str], env: Mapping[str, str], given: str = "") -> str:
     done = subprocess.run(
-        [sys.executable, str(program), *arguments],
+        command,
         env=env, input=given, capture_output=True, text=True, timeout=120, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
@@ -274,16 +282,14 @@ def test_examples_search_enrich_and_forecast(fleet: Mapping[str, str], tmp_path:
 
 
 @pytest.mark.fleet
-def test_the_example_puts_a_parked_job_back(fleet: Mapping[str, str]) -> None:
-    program = ROOT / "examples" / "dead_letters.py"
+def test_a_parked_job_is_put_back_and_answered(fleet: Mapping[str, str]) -> None:
     key, job_id = dead_letter_key("minilm"), "11111111-2222-4333-a444-555555555555"
     with redis.Redis.from_url(fleet["CORTEX_BROKER_URL"]) as client:
-        client.hset(f"cortex:attempts:{job_id}", "0", 3)
+        client.hset(attempts_key(job_id), "0", 3)
         client.lpush(key, json.dumps({"id": job_id, "reason": "it died", "at": 0, "message": parked_message(job_id)}))
-        assert job_id in run(program, "minilm", env=fleet)
-        run(program, "minilm", "--retry", job_id, env=fleet)
+        assert job_id in cortex("dead", "list", "minilm", env=fleet)
+        assert job_id in cortex("dead", "requeue", job_id, env=fleet)
         assert client.llen(key) == 0
-        assert client.hget(f"cortex:attempts:{job_id}", "0") in (None, b"1")
         told = subprocess.run(
             [sys.executable, "-c", WAIT, job_id], env=fleet, capture_output=True, text=True, timeout=60, check=False
         )
@@ -313,5 +319,5 @@ def parked_message(job_id: str) -> dict[str, Any]:
 
 def test_every_example_is_tried() -> None:
     assert {example.name for example in EXAMPLES} == {
-        "dead_letters.py", "event_stream.py", "forecast_csv.py", "semantic_search.py",
+        "event_stream.py", "forecast_csv.py", "semantic_search.py",
     }  # fmt: skip

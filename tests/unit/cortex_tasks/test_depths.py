@@ -10,9 +10,9 @@ import redis
 from kombu import Connection, Consumer, Queue
 
 from cortex_tasks.codec import priority_of
-from cortex_tasks.depths import QueueDepth, dead_letter_key, read_depths
+from cortex_tasks.depths import QueueDepth, read_depths
 from tests.support.redis_server import RedisServer
-from workers.dead_letters import dead_letter_key as workers_dead_letter_key
+from workers.dead_letters import add_dead_letter
 
 pytestmark = pytest.mark.fleet
 LEASE_S = 30.0
@@ -84,7 +84,9 @@ def test_claims_that_nobody_renews_are_orphans(server: RedisServer, client: redi
 
 
 def test_dead_letters_are_counted_where_the_workers_park_them(client: redis.Redis) -> None:
-    client.lpush(workers_dead_letter_key("minilm"), "a", "b")
+    with client.pipeline() as pipe:
+        for job_id in ("a", "b"):
+            add_dead_letter(pipe, "minilm", job_id, "it died", {}, 0.0)
+        pipe.execute()
     (depth,) = read_depths(client, ["minilm"], lease_s=LEASE_S, now_s=time.time())
     assert depth.dead == 2
-    assert dead_letter_key("minilm") == workers_dead_letter_key("minilm")
