@@ -1,0 +1,191 @@
+"""Results of a batch in one round trip, over a real Redis."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import redis
+from celery import Celery, states
+from celery.app.task import Context
+
+from cortex_tasks.codec import SERIALIZER, Answer, loads, register_serializer, reply_channel, result_key
+from cortex_tasks.errors import InferenceFailed, UnknownModel
+from cortex_tasks.payloads import Timings
+from tests.support.redis_server import RedisServer
+from workers.celery_hooks.backend import BatchedRedisBackend
+
+REPLY = reply_channel("client")
+
+
+def backend_of(url: str) -> BatchedRedisBackend:
+    register_serializer()
+    app = Celery("t", set_as_current=False)
+    app.conf.update(
+        result_backend=f"workers.celery_hooks.backend:BatchedRedisBackend+{url}",
+        result_serializer=SERIALIZER,
+        result_accept_content=["json", SERIALIZER],
+        result_expires=600,
+    )
+    made = app.backend
+    assert isinstance(made, BatchedRedisBackend)
+    return made
+
+
+@pytest.fixture
+def backend(redis_url: str) -> BatchedRedisBackend:
+    return backend_of(redis_url)
+
+
+@pytest.fixture
+def client(redis_url: str) -> Iterator[Any]:
+    with redis.Redis.from_url(redis_url) as made:
+        yield made
+
+
+def answer(size: int = 1, packed: bool = True) -> Answer:
+    return Answer("embed", "m", "rev", Timings(), [{"value": {"data": b"x" * size}}], packed)
+
+
+def store(backend: BatchedRedisBackend, *job_ids: str, result: Any = None, **request: Any) -> None:
+    for job_id in job_ids:
+        context = Context({"id": job_id, **request})
+        backend.mark_as_done(job_id, result or answer(), request=context)
+
+
+def heard(pubsub: Any) -> list[tuple[str, bytes]]:
+    told = []
+    while (message := pubsub.get_message(timeout=0.2)) is not None:
+        if message["type"] == "message":
+            told.append((message["channel"].decode(), message["data"]))
+    return told
+
+
+def test_what_is_collected_waits_for_the_flush(backend: BatchedRedisBackend, client: Any) -> None:
+    with backend.collecting():
+        store(backend, "a", "b")
+    assert client.keys() == []
+    backend.flush()
+    for job_id in ("a", "b"):
+        meta = loads(client.get(result_key(job_id)))
+        assert (meta["status"], meta["task_id"]) == ("SUCCESS", job_id)
+        assert meta["result"]["items"] == [{"value": {"data": b"x"}}]
+        assert 0 < client.ttl(result_key(job_id)) <= 600
+    backend.flush()
+
+
+def test_a_stock_client_reads_what_was_flushed(backend: BatchedRedisBackend) -> None:
+    with backend.collecting():
+        store(backend, "a", result=answer(packed=False))
+        error = UnknownModel("unknown model 'x'", {"model": "x"})
+        backend.mark_as_failure("b", error, request=Context({"id": "b"}))
+    backend.flush()
+    assert backend.get_state("a") == states.SUCCESS
+    failure = backend.get_result("b")
+    assert isinstance(failure, UnknownModel)
+    assert failure.details == {"model": "x"}
+
+
+def test_each_client_is_told_once_and_each_key_announced(backend: BatchedRedisBackend, client: Any) -> None:
+    with client.pubsub() as pubsub:
+        pubsub.subscribe(REPLY, result_key("a"), result_key("c"))
+        with backend.collecting():
+            store(backend, "a", "b", reply_to=REPLY)
+            store(backend, "c", reply_to="some-stock-client")
+        backend.flush()
+        told = heard(pubsub)
+    assert (REPLY, b"a b") in told
+    assert {channel for channel, _ in told} == {REPLY, result_key("a"), result_key("c")}
+    assert len(told) == 3
+
+
+@pytest.mark.parametrize("reply_to", [5, [1], None, "cortex:reply:\ud800", {"a": 1}])
+def test_an_odd_reply_channel_is_no_channel(backend: BatchedRedisBackend, client: Any, reply_to: Any) -> None:
+    with backend.collecting():
+        store(backend, "odd", reply_to=reply_to)
+        store(backend, "plain")
+    backend.flush()
+    assert client.exists(result_key("odd"), result_key("plain")) == 2
+
+
+@pytest.mark.parametrize("part", [{"group": "g"}, {"chord": {"task": "t"}}])
+def test_parts_of_groups_and_chords_are_not_held_back(
+    backend: BatchedRedisBackend, client: Any, part: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(backend, "on_chord_part_return", lambda *_, **__: None)
+    with backend.collecting(), client.pubsub() as pubsub:
+        pubsub.subscribe(REPLY)
+        store(backend, "a", reply_to=REPLY, **part)
+        assert client.exists(result_key("a"))
+        assert heard(pubsub) == [(REPLY, b"a")]
+
+
+def test_a_request_without_a_group_is_stored(backend: BatchedRedisBackend, client: Any) -> None:
+    """Celery's stand-in for the request of a task that nobody knows."""
+    request = SimpleNamespace(chord=None, errbacks=None, root_id=None, correlation_id=None, reply_to=None)
+    backend.mark_as_failure("a", LookupError("no.such"), request=request)
+    assert loads(client.get(result_key("a")))["status"] == "FAILURE"
+
+
+def test_outside_a_batch_a_late_failure_never_overwrites_a_success(backend: BatchedRedisBackend) -> None:
+    store(backend, "a", result=answer(packed=False))
+    backend.mark_as_failure("a", RuntimeError("late"), request=Context({"id": "a"}))
+    assert backend.get_state("a") == states.SUCCESS
+
+
+def test_an_answer_that_redis_would_not_take_is_an_error(
+    backend: BatchedRedisBackend, client: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(BatchedRedisBackend, "answer_max_bytes", 2_000)
+    with backend.collecting():
+        with pytest.raises(InferenceFailed, match="fewer inputs"):
+            store(backend, "large", result=answer(2_000))
+        store(backend, "small", result=answer(100))
+    backend.flush()
+    assert client.keys() == [result_key("small").encode()]
+
+
+def test_what_could_not_be_stored_is_kept_for_the_next_try(tmp_path: Path) -> None:
+    with RedisServer(directory=tmp_path) as server:
+        backend = backend_of(server.url)
+        with backend.collecting():
+            store(backend, "a", "b")
+        server.kill()
+        with pytest.raises((redis.RedisError, OSError)):
+            backend.flush()
+        server.start()
+        with backend.collecting():
+            store(backend, "c")
+        backend.flush()
+        with redis.Redis.from_url(server.url) as client:
+            assert client.exists(*(result_key(job_id) for job_id in "abc")) == 3
+
+
+def test_a_redis_that_is_full_is_waited_for(tmp_path: Path) -> None:
+    with RedisServer(directory=tmp_path) as server, redis.Redis.from_url(server.url) as client:
+        backend = backend_of(server.url)
+        client.config_set("maxmemory", "1")
+        with backend.collecting():
+            store(backend, "a")
+        with pytest.raises(redis.ResponseError):
+            backend.flush()
+        client.config_set("maxmemory", "0")
+        backend.flush()
+        assert client.exists(result_key("a"))
+
+
+def test_an_announcement_that_is_not_allowed_is_no_loss(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """An ACL user without channels: clients poll."""
+    with RedisServer(directory=tmp_path) as server, redis.Redis.from_url(server.url) as client:
+        client.acl_setuser("worker", enabled=True, passwords=["+secret"], commands=["+@all"], keys=["*"],
+                           reset_channels=True)  # fmt: skip
+        backend = backend_of(server.url.replace("://", "://worker:secret@"))
+        for job_id in ("a", "b"):
+            with backend.collecting():
+                store(backend, job_id, reply_to=REPLY)
+            backend.flush()
+        assert client.exists(result_key("a"), result_key("b")) == 2
+    assert caplog.text.count("refuses to announce") == 1
