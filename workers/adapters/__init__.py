@@ -30,7 +30,7 @@ ADAPTERS: dict[str, _Row] = {
 def adapter_class(name: str) -> type[Adapter]:
     """The adapter of that name, or ``package.module:Class`` of one's own.
 
-    Raises ConfigError for an unknown name, ModelUnavailable (naming the extra) when its library is absent.
+    Raises ConfigError for an unknown name, ModelUnavailable (saying the remedy) when it or its library is absent.
     """
     row = ADAPTERS.get(name) or (_Row(name, "") if ":" in name else None)
     if row is None:
@@ -39,7 +39,26 @@ def adapter_class(name: str) -> type[Adapter]:
     try:
         return cast("type[Adapter]", getattr(importlib.import_module(module), attribute))
     except ImportError as error:
-        remedy = f"pip install 'datapunk-cortex[{row.extra}]'" if row.extra else "install it"
-        raise ModelUnavailable(f"adapter {name!r} needs a library that is not installed: {error}; {remedy}") from error
+        raise ModelUnavailable(_why_not(name, module, row.extra, error)) from error
     except AttributeError as error:
         raise ConfigError(f"adapter {name!r}: {error}") from error
+
+
+def _why_not(name: str, module: str, extra: str, error: ImportError) -> str:
+    """Why an adapter's module cannot be imported, and the remedy."""
+    missing = error.name if isinstance(error, ModuleNotFoundError) else None
+    if extra:
+        return (
+            f"adapter {name!r} needs a library that is not installed: {error}; pip install 'datapunk-cortex[{extra}]'"
+        )
+    if missing is not None and f"{module}.".startswith(f"{missing}."):
+        return (
+            f"adapter {name!r}: there is no module {missing!r} where the worker looks; add the directory that holds it "
+            "to the worker's PYTHONPATH, or install it into the worker's environment"
+        )
+    if missing is not None:
+        return (
+            f"adapter {name!r}: its module {module!r} was found, but imports {missing!r}, which is not installed; "
+            "install it into the worker's environment"
+        )
+    return f"adapter {name!r}: its module {module!r} cannot be imported: {error}"
