@@ -1,0 +1,214 @@
+"""Fetching in bulk, waiting, and what survives a loss: over a real Redis, with kombu's own hub."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import pytest
+import redis
+from kombu import Connection
+
+from cortex_tasks.codec import queue_key, queue_keys
+from tests.support.consuming import Consuming, consuming, message, push
+from tests.support.redis_server import RedisServer
+from workers.celery_hooks import transport
+
+
+@pytest.fixture
+def client(redis_url: str) -> Iterator[Any]:
+    with redis.Redis.from_url(redis_url) as made:
+        yield made
+
+
+@pytest.fixture
+def worker(redis_url: str) -> Iterator[Consuming]:
+    with consuming(redis_url) as made:
+        yield made
+
+
+def left(client: Any, queue: str = "q") -> int:
+    return sum(client.llen(key) for key in queue_keys(queue))
+
+
+# ---------------------------------------------------------------------------------------------- fetching
+
+
+def test_messages_come_in_the_order_of_their_priorities(worker: Consuming, client: Any) -> None:
+    for priority in (9, 6, 3, 0):
+        push(client, f"{priority}a", f"{priority}b", priority=priority)
+    worker.expect("0a", "0b", "3a", "3b", "6a", "6b", "9a", "9b")
+
+
+def test_no_more_is_taken_than_there_is_room_for(redis_url: str, client: Any) -> None:
+    push(client, *(str(n) for n in range(10)))
+    with consuming(redis_url, prefetch=3) as worker:
+        worker.expect("0", "1", "2")
+        worker.turn(5)
+        assert (len(worker.messages), left(client), client.hlen("unacked")) == (3, 7, 3)
+        worker.messages[0].ack()
+        worker.expect("0", "1", "2", "3")
+        assert client.hlen("unacked") == 3
+
+
+def test_each_queue_gets_its_turn(redis_url: str, client: Any) -> None:
+    push(client, *(f"a{n}" for n in range(6)), queue="a")
+    push(client, *(f"b{n}" for n in range(6)), queue="b")
+    with consuming(redis_url, "a", "b", prefetch=2) as worker:
+        while len(worker.messages) < 12:
+            worker.turn_until(lambda: any(not one.acknowledged for one in worker.messages), "messages")
+            for one in worker.messages:
+                if not one.acknowledged:
+                    one.ack()
+        assert {name[0] for name in worker.names[:4]} == {"a", "b"}
+
+
+def test_tags_are_unique_and_recorded(redis_url: str, client: Any) -> None:
+    push(client, *(str(n) for n in range(700)))
+    with consuming(redis_url, prefetch=400) as first, consuming(redis_url, prefetch=400) as second:
+        first.turn_until(lambda: len(first.messages) == 400, "a full worker")
+        second.turn_until(lambda: len(second.messages) == 300, "the rest")
+        tags = {*first.tags, *second.tags}
+        assert len(tags) == 700
+        assert {tag.decode() for tag in client.hkeys("unacked")} == tags
+        assert {tag.decode() for tag in client.zrange("unacked_index", 0, -1)} == tags
+        assert sorted(map(int, [*first.names, *second.names])) == list(range(700))
+
+
+def test_a_record_is_kombus_own(worker: Consuming, client: Any, redis_url: str) -> None:
+    """A stock worker can give the message back to its queue."""
+    push(client, "a", priority=3)
+    worker.expect("a")
+    (tag,) = worker.tags
+    record = json.loads(client.hget("unacked", tag))
+    assert record == [json.loads(message("a", 3)), "", "q"]
+    with Connection(redis_url) as stock:
+        stock.channel().qos.restore_by_tag(tag)
+    (raw,) = client.lrange(queue_key("q", 3), 0, -1)
+    assert json.loads(raw)["properties"]["delivery_info"]["redelivered"] is True
+    assert client.hlen("unacked") == client.zcard("unacked_index") == 0
+
+
+def test_a_message_that_cannot_be_read_is_parked_between_its_neighbours(worker: Consuming, client: Any) -> None:
+    client.lpush("q", message("a"), b"not json", message("b"))
+    worker.expect("a", "b")
+    assert client.hlen("unacked") == 2
+    assert json.loads(client.lindex("cortex:dead:q", 0))["message"] == "not json"
+
+
+def test_a_bulk_message_that_cannot_be_read_takes_no_room(redis_url: str, client: Any) -> None:
+    client.lpush(queue_key("q", 9), *[b"not json"] * 50)
+    push(client, "a", priority=9)
+    with consuming(redis_url, prefetch=4) as worker:
+        worker.expect("a")
+    assert client.llen("cortex:dead:q") == 50
+
+
+# ----------------------------------------------------------------------------------------------- waiting
+
+
+@pytest.mark.parametrize("priority", [0, 9])
+def test_an_idle_worker_is_woken_by_a_push(worker: Consuming, client: Any, priority: int) -> None:
+    worker.turn(3)
+    push(client, "a", priority=priority)
+    worker.expect("a")
+    worker.turn(3)
+    push(client, "b", priority=priority)
+    worker.expect("a", "b")
+
+
+def test_waiting_takes_nothing_and_keeps_the_order(worker: Consuming, client: Any, redis_url: str) -> None:
+    worker.turn(3)
+    with redis.Redis.from_url(redis_url) as other:
+        push(other, "a", "b", "c")
+    worker.expect("a", "b", "c")
+
+
+def test_a_priority_in_between_is_found_when_a_wait_ends(
+    worker: Consuming, client: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    worker.turn(3)
+    push(client, "a", priority=3)
+    worker.expect("a")
+
+
+def test_a_cancelled_queue_is_left_alone(redis_url: str, client: Any) -> None:
+    with consuming(redis_url, "a", "b") as worker:
+        worker.turn(3)
+        worker.consumer.cancel_by_queue("a")
+        push(client, "a1", queue="a")
+        push(client, "b1", queue="b")
+        worker.expect("b1")
+        worker.turn(3)
+        assert client.llen("a") == 1
+
+
+def test_acknowledgements_go_out_though_nothing_is_consumed_any_more(worker: Consuming, client: Any) -> None:
+    push(client, "a")
+    worker.expect("a")
+    worker.consumer.cancel_by_queue("q")
+    worker.messages[0].ack()
+    worker.turn_until(lambda: client.hlen("unacked") == 0, "the acknowledgement")
+
+
+# --------------------------------------------------------------------------------------------- in trouble
+
+
+def test_a_killed_connection_is_a_connection_error_and_loses_nothing(redis_url: str, client: Any) -> None:
+    with consuming(redis_url) as worker:
+        push(client, "held")
+        worker.expect("held")
+        client.execute_command("CLIENT", "KILL", "TYPE", "normal", "SKIPME", "yes")
+        with pytest.raises(worker.connection.connection_errors):
+            worker.turn_until(lambda: False, "an error")
+    with consuming(redis_url) as another:
+        push(client, "fresh")
+        another.turn_until(lambda: "fresh" in another.names, "the fresh message")
+        held = client.hlen("unacked") - 1 + left(client) + another.names.count("held")
+        assert held >= 1, "the held message is recorded, in line or here"
+
+
+def test_an_overdue_wait_gives_the_connection_up(worker: Consuming, monkeypatch: pytest.MonkeyPatch) -> None:
+    worker.turn(3)
+    monkeypatch.setattr(transport, "_OVERDUE_S", -1_000.0)
+    with pytest.raises(worker.connection.connection_errors, match="has not answered"):
+        worker.turn_until(lambda: False, "an error")
+
+
+def test_a_key_of_another_type_is_waited_out(
+    redis_url: str, client: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(transport, "_BACK_OFF_S", 0.01)
+    with consuming(redis_url, "a", "b") as worker:
+        client.set("b", "no list")
+        push(client, "a1", queue="a")
+        worker.expect("a1")
+        worker.turn_until(lambda: "refuses" in caplog.text, "a warning")
+        client.delete("b")
+        push(client, "b1", queue="b")
+        worker.expect("a1", "b1")
+
+
+def test_a_full_redis_hands_out_its_messages(tmp_path: Path) -> None:
+    """Out of memory, a script that has popped may still record: nothing is lost, and the queue drains."""
+    options = ("--maxmemory", "4mb", "--maxmemory-policy", "noeviction")
+    with (
+        RedisServer(*options, directory=tmp_path) as server,
+        redis.Redis.from_url(server.url) as client,
+        consuming(server.url, prefetch=8) as worker,
+    ):
+        worker.turn(3)
+        push(client, *(str(n) for n in range(20)))
+        with suppress(redis.OutOfMemoryError):
+            while True:
+                client.rpush("filler", b"x" * 10_000)
+        worker.turn_until(lambda: len(worker.messages) == 8, "a full worker")
+        assert client.hlen("unacked") == 8
+        for one in list(worker.messages):
+            one.ack()
+        worker.turn_until(lambda: len(worker.messages) == 16, "the next ones")
+        assert client.hlen("unacked") == 8
+        assert left(client) == 4
