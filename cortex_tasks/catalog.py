@@ -69,7 +69,8 @@ def nearest(name: str, known: Iterable[str]) -> str:
 
 def task_spec(name: str) -> TaskSpec:
     """The row of a task, by its short or its Celery name. Raises UnknownTask with the nearest names."""
-    spec = TASKS.get(name.removeprefix("cortex."))
+    short = name.removeprefix("cortex.")
+    spec = TASKS.get(short)
     if spec is None:
-        raise UnknownTask(f"unknown task {name!r}{nearest(name, TASKS)}", {"task": name})
+        raise UnknownTask(f"unknown task {name!r}{nearest(short, TASKS)}", {"task": name})
     return spec

@@ -160,8 +160,13 @@ def dumps(meta: Any) -> bytes | str:
 def loads(data: bytes | str | memoryview) -> Any:
     """Decode either encoding. Raises ValueError on anything else."""
     raw = data.encode() if isinstance(data, str) else bytes(data)
-    if not raw.startswith(_MAGIC):
-        return kombu_json.loads(raw)
+    try:
+        return _unpack(raw) if raw.startswith(_MAGIC) else kombu_json.loads(raw)
+    except (TypeError, LookupError, AttributeError, ArithmeticError, RecursionError) as error:
+        raise ValueError(f"not an answer: {type(error).__name__}: {error}") from error
+
+
+def _unpack(raw: bytes) -> Any:
     start = len(_MAGIC) + _LENGTH.size
     if len(raw) < start:
         raise ValueError("a packed answer ends within its header")
