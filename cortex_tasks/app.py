@@ -15,7 +15,7 @@ from kombu import Exchange, Queue
 from cortex_tasks.codec import PRIORITY_STEPS, SERIALIZER, register_serializer
 from cortex_tasks.config import FleetConfig, load_fleet
 from cortex_tasks.publish import SHOWN_CHARS
-from cortex_tasks.settings import Settings
+from cortex_tasks.settings import Settings, tls_options
 from cortex_tasks.wire import COMMAND_TIMEOUT_S
 
 __all__ = ["app", "broker_options", "make_app", "queue_of"]
@@ -45,6 +45,9 @@ def make_app(settings: Settings, fleet: FleetConfig, *, name: str = "cortex", fa
         broker_url=settings.broker,
         result_backend=settings.results,
         broker_transport_options=broker_options(fleet, settings),
+        # Left to themselves, kombu verifies no certificate and Celery's backend refuses the URL.
+        broker_use_ssl=tls_options(settings.broker) or False,
+        redis_backend_use_ssl=tls_options(settings.results),
         broker_connection_timeout=settings.connect_timeout_s,
         redis_socket_connect_timeout=settings.connect_timeout_s,
         redis_socket_timeout=COMMAND_TIMEOUT_S,

@@ -6,15 +6,19 @@ import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Literal
-from urllib.parse import urlsplit, urlunsplit
+from typing import Annotated, Final, Literal
+from urllib.parse import parse_qs, urlsplit, urlunsplit
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, SecretStr, ValidationError
 
 from cortex_tasks.config_problems import reason
 from cortex_tasks.errors import ConfigError
 
-__all__ = ["Settings", "mask_url"]
+__all__ = ["Settings", "mask_url", "tls_options"]
+
+_CERT_REQS: Final = ("required", "optional", "none")
+#: What redis-py, kombu and Celery's backend all understand, and mean the same by.
+_TLS: Final = ("ssl_cert_reqs", "ssl_ca_certs", "ssl_certfile", "ssl_keyfile")
 
 
 def mask_url(url: str) -> str:
@@ -35,14 +39,35 @@ def mask_url(url: str) -> str:
     return urlunsplit((parts.scheme, f"{name}{':***' if colon else ''}{at}{host}", parts.path, query, ""))
 
 
+def tls_options(url: str) -> dict[str, str] | None:
+    """The ``ssl_`` options of a ``rediss://`` URL; certificates are verified unless it says otherwise. None for
+    ``redis://``. Raises ValueError, without the URL, on options that not all of Cortex's parts would honour."""
+    parts = urlsplit(url)
+    query = parse_qs(parts.query, keep_blank_values=True)
+    given = {name: values[-1] for name, values in query.items() if name.startswith("ssl_")}
+    if parts.scheme != "rediss":
+        if given:
+            raise ValueError(f"{sorted(given)[0][:40]} needs a rediss:// URL")
+        return None
+    for name in given:
+        if name not in _TLS:
+            raise ValueError(f"unknown parameter {name[:40]!r}; expected one of {', '.join(_TLS)}")
+    options = {"ssl_cert_reqs": "required", **given}
+    if options["ssl_cert_reqs"] not in _CERT_REQS:
+        raise ValueError(f"ssl_cert_reqs: expected one of {', '.join(_CERT_REQS)}")
+    return options
+
+
 def _redis_url(value: SecretStr) -> SecretStr:
+    url = value.get_secret_value()
     try:
-        parts = urlsplit(value.get_secret_value())
+        parts = urlsplit(url)
         usable = parts.scheme in ("redis", "rediss") and bool(parts.hostname) and parts.port != 0
     except ValueError:
         usable = False
     if not usable:
         raise ValueError("expected redis://[user:password@]host:port/db or rediss://...; escape / ? # @ in a password")
+    tls_options(url)
     return value
 
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import ssl
 import subprocess
 import sys
 
 import pytest
+import redis
 from celery import Celery, current_app
 from celery.exceptions import QueueNotFound
 
@@ -14,6 +16,7 @@ from cortex_tasks.config import FleetConfig, load_fleet
 from cortex_tasks.config import default_queues_file as default_file
 from cortex_tasks.errors import UnknownModel
 from cortex_tasks.settings import Settings
+from workers.celery_hooks.transport import register_transport
 
 
 @pytest.fixture(scope="module")
@@ -99,3 +102,36 @@ def test_importing_it_reads_no_environment_and_its_app_does() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("query", "expected"),
+    [
+        ("", {"ssl_cert_reqs": ssl.CERT_REQUIRED}),
+        ("?ssl_ca_certs=/etc/ca.pem", {"ssl_cert_reqs": ssl.CERT_REQUIRED, "ssl_ca_certs": "/etc/ca.pem"}),
+        ("?ssl_cert_reqs=none", {"ssl_cert_reqs": ssl.CERT_NONE}),
+    ],
+)
+def test_certificates_are_verified_unless_the_url_says_otherwise(
+    fleet: FleetConfig, query: str, expected: dict[str, object]
+) -> None:
+    settings = Settings.model_validate({
+        "broker_url": f"rediss://h:7000/1{query}", "result_url": f"rediss://h:7001/1{query}",
+    })  # fmt: skip
+    app = make_app(settings, fleet)
+    # Under the worker's own name for its transport the scheme no longer says TLS.
+    app.conf.broker_transport = register_transport()
+    for options in (
+        app.connection_for_write().ssl,
+        app.backend.connparams,
+        redis.Redis.from_url(settings.broker).get_connection_kwargs(),
+    ):
+        made = redis.SSLConnection(**{name: value for name, value in options.items() if name.startswith("ssl_")})
+        assert made.cert_reqs == expected["ssl_cert_reqs"]
+        assert made.ca_certs == expected.get("ssl_ca_certs")
+        assert made.check_hostname is (made.cert_reqs is ssl.CERT_REQUIRED)
+
+
+def test_a_plain_url_is_not_tls(app: Celery) -> None:
+    assert app.connection_for_write().ssl is False
+    assert "ssl_cert_reqs" not in app.backend.connparams

@@ -302,6 +302,24 @@ def test_settings_have_defaults_and_read_the_environment() -> None:
 
 
 @pytest.mark.parametrize(
+    ("url", "said"),
+    [
+        ("rediss://:hunter2@h/0?ssl_cert_req=none", "unknown parameter 'ssl_cert_req'"),
+        ("rediss://:hunter2@h/0?ssl_check_hostname=false", "unknown parameter 'ssl_check_hostname'"),
+        ("rediss://:hunter2@h/0?ssl_cert_reqs=CERT_NONE", "expected one of required, optional, none"),
+        ("rediss://:hunter2@h/0?ssl_cert_reqs=", "expected one of required, optional, none"),
+        ("redis://:hunter2@h/0?ssl_ca_certs=/ca.pem", "ssl_ca_certs needs a rediss:// URL"),
+    ],
+)
+def test_tls_parameters_that_would_not_mean_what_they_say(url: str, said: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        Settings.from_env({"CORTEX_RESULT_URL": url})
+    assert said in str(caught.value)
+    assert "CORTEX_RESULT_URL" in str(caught.value)
+    assert "hunter2" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
     ("url", "masked"),
     [
         ("redis://127.0.0.1:6379/0", "redis://127.0.0.1:6379/0"),
