@@ -7,9 +7,10 @@ counts as silent well before.
 
 from __future__ import annotations
 
+from contextlib import suppress
 from typing import Any, Final, Literal
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, ValidationError
 
 __all__ = ["PRESENCE_TTL_S", "SILENT_AFTER_S", "WORKERS_KEY", "ModelCard", "WorkerCard", "read_cards", "worker_key"]
 
@@ -79,8 +80,14 @@ class WorkerCard(_Card):
 
 
 def parse_cards(raw: list[bytes | str | None]) -> list[WorkerCard]:
-    """Cards from an MGET; keys that expired meanwhile are left out."""
-    return [WorkerCard.model_validate_json(text) for text in raw if text is not None]
+    """Cards from an MGET; keys that expired meanwhile are left out, and so are cards that this version cannot read:
+    one odd worker must not hide the others."""
+    cards = []
+    for text in raw:
+        if text is not None:
+            with suppress(ValidationError):
+                cards.append(WorkerCard.model_validate_json(text))
+    return cards
 
 
 def read_cards(redis: Any) -> list[WorkerCard]:

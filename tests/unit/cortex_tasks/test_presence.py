@@ -1,10 +1,10 @@
-"""When a worker's card no longer speaks for the worker."""
+"""Cards: read one by one, and when they no longer speak for their worker."""
 
 from __future__ import annotations
 
 import pytest
 
-from cortex_tasks.presence import PRESENCE_TTL_S, SILENT_AFTER_S, WorkerCard
+from cortex_tasks.presence import PRESENCE_TTL_S, SILENT_AFTER_S, WorkerCard, parse_cards
 from workers import health
 
 NOW_S = 1_000.0
@@ -20,3 +20,13 @@ def test_a_card_that_is_not_renewed_is_silent(seen_at_s: float, silent: bool) ->
 
 def test_a_late_card_is_not_a_silent_worker() -> None:
     assert 2 * health._INTERVAL_S < SILENT_AFTER_S < PRESENCE_TTL_S
+
+
+def test_a_card_that_cannot_be_read_hides_no_other() -> None:
+    card = WorkerCard(
+        node="a@h", image="nlp", host="h", pid=1, state="ready", queues=(), models=(), started_at=0, seen_at=0
+    )
+    good = card.model_dump_json()
+    newer = good.replace('"ready"', '"a state of a newer version"')
+    more = good.removesuffix("}") + ',"colour":"blue"}'
+    assert parse_cards([None, "not json", b"\xff", "[]", newer, good, more.encode()]) == [card, card]
