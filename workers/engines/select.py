@@ -184,7 +184,8 @@ class _Builder:
         subject = self.subject
         transformer = subject.transformer
         if precision == "int8":
-            transformer = quantised(transformer, lambda: subject.embed(self.exact, calibration_texts()))
+            watched = TorchEngine(transformer, subject.output, "fp32", lean=False)
+            transformer = quantised(transformer, lambda: subject.embed(watched, calibration_texts()))
         with tempfile.TemporaryDirectory(dir=directory.parent, prefix=".partial-") as temporary:
             file = Path(temporary) / "model.onnx"
             to_onnx(transformer, subject.output, subject.example, subject.constants, file)

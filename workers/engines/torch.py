@@ -1,4 +1,4 @@
-"""torch: runs the model's own modules. Every model runs on it, on every device."""
+"""torch: runs the model's own modules, or the same sums with less around them. Every model, on every device."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from workers.engines.lean_bert import LeanBert
+
 __all__ = ["TorchEngine"]
 
 
@@ -16,12 +18,16 @@ class TorchEngine:
 
     name = "torch"
 
-    def __init__(self, transformer: nn.Module, output: str, precision: str) -> None:
-        """``transformer`` takes a dictionary of features and returns it with the hidden states under ``output``."""
+    def __init__(self, transformer: nn.Module, output: str, precision: str, *, lean: bool = True) -> None:
+        """``transformer`` takes a dictionary of features and returns it with the hidden states under ``output``.
+
+        Without ``lean`` every module of it is called, for those who watch them.
+        """
         self.precision = precision
         self.library = f"torch {torch.__version__}"
         self._transformer = transformer
         self._output = output
+        self._lean = LeanBert.of(getattr(transformer, "model", None)) if lean else None
 
     @property
     def size_bytes(self) -> int:
@@ -29,7 +35,10 @@ class TorchEngine:
         return 0
 
     def encode(self, features: Mapping[str, Any]) -> torch.Tensor:
-        states: torch.Tensor = self._transformer(dict(features))[self._output]
+        if self._lean is not None:
+            return self._lean(features)
+        # The library's module may leave more in the dictionary, for a module after it.
+        states: torch.Tensor = self._transformer(features)[self._output]
         return states
 
     def close(self) -> None:
