@@ -66,6 +66,8 @@ class _ModelRow:
     load: str
     nodes: tuple[str, ...]
     reason: str
+    #: The engines that run it, with their figures.
+    engine: str
 
 
 @click.command()
@@ -90,8 +92,9 @@ def models(as_json: bool) -> None:
     header = ("model", "state", "revision", "tasks", "queue", "images", "on")
     _print_table(header, [_cells(row) for row in rows], style)
     for row in rows:
-        if row.reason:
-            click.echo(f"\n{style(row.alias, 'bold')}: {row.reason}")
+        # The default engine is no news.
+        if detail := "; ".join(text for text in (row.engine, row.reason) if text not in ("", "torch fp32")):
+            click.echo(f"\n{style(row.alias, 'bold')}: {detail}")
 
 
 def _cells(row: _ModelRow) -> tuple[str, ...]:
@@ -118,6 +121,7 @@ def _model_row(fleet: FleetConfig, alias: str, cards: Sequence[WorkerCard], now_
         load=model.load,
         nodes=tuple(node for node, entry in held if entry.state == "ready"),
         reason=next((entry.reason for _, entry in held if entry.reason), ""),
+        engine=", ".join(dict.fromkeys(entry.engine for _, entry in held if entry.engine)),
     )
 
 

@@ -79,6 +79,18 @@ def test_models_over_several_workers(worker: Callable[..., None]) -> None:
     assert text.splitlines()[0].split() == ["model", "state", "revision", "tasks", "queue", "images", "on"]
 
 
+def test_models_show_the_engine_that_runs_and_why_it_is_not_the_one_asked_for(worker: Callable[..., None]) -> None:
+    refused = "openvino int8 is refused: mean cosine 0.9900 < 0.995; runs in fp32"
+    worker("a@h", model("minilm", "ready", engine="openvino int8 cos 0.9980 top10 0.965"),
+           model("sentiment", "ready", engine="torch fp32"))  # fmt: skip
+    worker("b@h", model("minilm", "ready", engine="openvino fp32 cos 1.0000 top10 1.000", reason=refused))
+    rows = {row["alias"]: row for row in json.loads(cortex("models", "--json").stdout)}
+    assert rows["minilm"]["engine"] == "openvino int8 cos 0.9980 top10 0.965, openvino fp32 cos 1.0000 top10 1.000"
+    text = cortex("models").stdout
+    assert f"minilm: {rows['minilm']['engine']}; {refused}" in text
+    assert "sentiment: " not in text
+
+
 def test_models_without_redis_are_the_declared_ones(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CORTEX_BROKER_URL", f"redis://:hunter2@127.0.0.1:{free_port()}/0")
     result = cortex("models", "--json")
