@@ -275,16 +275,16 @@ class FleetConfig(Section):
                     return name, model
             raise UnknownModel(f"no model in queues.yaml serves task {task!r}", {"task": task})
         found = self.models.get(alias)
+        if found is not None and task in found.tasks:
+            return alias, found
         serving = [name for name, model in self.models.items() if task in model.tasks]
         if found is None:
             raise UnknownModel(f"unknown model {alias!r}{nearest(alias, serving)}", {"model": alias})
-        if task not in found.tasks:
-            raise UnknownModel(
-                f"model {alias!r} does not serve task {task!r} (it serves {', '.join(found.tasks)})"
-                f"{nearest(alias, serving)}",
-                {"model": alias, "task": task},
-            )
-        return alias, found
+        raise UnknownModel(
+            f"model {alias!r} does not serve task {task!r} (it serves {', '.join(found.tasks)})"
+            f"{nearest(alias, serving)}",
+            {"model": alias, "task": task},
+        )
 
 
 def default_queues_file() -> Path:

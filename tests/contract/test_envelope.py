@@ -73,7 +73,7 @@ def test_kombu_and_celery_read_it(app: Celery, redis_url: str) -> None:
         message = connection.SimpleQueue("echo").get(timeout=5)
         message.ack()
     assert message.payload[1] == KWARGS
-    app.task(_no_body, name="cortex.embed")
+    app.task(_no_body, name="cortex.embed", shared=False)
     request = Request(message, app=app, decoded=False)
     assert (request.id, request.name, request.kwargs) == ("11111111-2222", "cortex.embed", KWARGS)
     assert request.expires is not None

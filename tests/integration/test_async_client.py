@@ -239,7 +239,7 @@ async def test_a_stream_left_early_cancels_what_has_not_started(worker: WorkerPr
     with redis.Redis.from_url(worker.url) as stored:
         before = revoked()
         async with AsyncCortex(worker.url, fleet=echo_fleet) as client:
-            async for _ in client.map("embed", (f"text {n}" for n in range(1_000)), "slow", chunk=1, window=64):
+            async for _ in client.map("embed", (f"text {n}" for n in range(1_000)), "slow", chunk=1, window=512):
                 break
         await until(lambda: revoked() - before, "jobs that the worker dropped")
 

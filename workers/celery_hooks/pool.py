@@ -27,7 +27,7 @@ from celery.concurrency.base import BasePool, apply_target
 from celery.worker import state as worker_state
 from redis.exceptions import RedisError
 
-from cortex_tasks.errors import CortexError, InferenceFailed, InvalidInput, PoisonJob
+from cortex_tasks.errors import CortexError, InferenceFailed, InvalidInput
 from workers.celery_hooks.backend import BatchedRedisBackend
 from workers.celery_hooks.leases import flush_acks, let_go
 from workers.runtime import Job, answer
@@ -202,29 +202,13 @@ class BatchingPool(BasePool):
         return job.ticket.done or job.deadline_s < time.time() or job.id in worker_state.revoked
 
     def may_run(self, job: Job, index: int) -> CortexError | None:
-        """Count the attempts of a suspect's input (it runs alone, so only a guilty one dies again); beyond the limit
-        the job is parked and the input fails. Its neighbours in the job get their answers."""
-        cortex = self.app.cortex
-        limit = cortex.fleet.models[job.model].limits.attempts
-        reason = f"its worker died {limit} times while running input {index}"
-        try:
-            # Its first run, in a batch, was not counted.
-            if cortex.dead_letters.count_attempt(job.id, index) < limit:
-                return None
-            message = job.ticket.request.message._raw
-            cortex.dead_letters.park(cortex.fleet.models[job.model].queue, job.id, reason, message)
-        except (RedisError, OSError) as error:
-            # A job must not fail because Redis is away for a moment; a poison's next run counts again.
-            logger.warning("the attempts of job %s could not be counted: %s", job.id, type(error).__name__)
-            return None
-        logger.error("job %s of model %s was parked as poison: %s (cortex dead list)", job.id, job.model, reason)
-        return PoisonJob(f"job {job.id} of model {job.model!r} was parked: {reason}", {"attempts": limit})
+        config = self.app.cortex.fleet.models[job.model]
+        message = job.ticket.request.message._raw
+        refusal: CortexError | None = self.app.cortex.dead_letters.try_again(job, index, config, message)
+        return refusal
 
     def survived(self, job: Job, index: int) -> None:
-        try:
-            self.app.cortex.dead_letters.clear_attempts(job.id, index)
-        except (RedisError, OSError) as error:
-            logger.warning("the attempts of job %s could not be cleared: %s", job.id, type(error).__name__)
+        self.app.cortex.dead_letters.survived(job, index)
 
     def _tell(self, what: str, jobs: Sequence[Job]) -> None:
         self._inbox.append((what, jobs))
