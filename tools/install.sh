@@ -53,7 +53,7 @@ PYTHON
 install_torch() {
     if [ ! -e /dev/nvidiactl ] && cpu_index_answers; then
         say "installing $torch (CPU build)"
-        pip_install --index-url "$cpu_index" "$torch" && return
+        pip_install -i "$cpu_index" "$torch" && return
         say "that did not work; taking what pip finds"
     else
         say "installing $torch"
