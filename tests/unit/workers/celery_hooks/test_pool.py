@@ -2,166 +2,38 @@
 
 from __future__ import annotations
 
-import select
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import redis
 from billiard.einfo import ExceptionInfo
-from celery import Celery
 from celery.worker import state as worker_state
 
-from cortex_tasks.config import Settings
 from cortex_tasks.errors import CortexError, InvalidInput, UnknownModel
-from tests.support.stub_models import PATIENCE_S, StubAdapter, fleet_of
+from tests.support.pooled import PoolBench, PoolRequest
 from workers import app as app_module
 from workers.celery_hooks import pool as pool_module
 from workers.celery_hooks.backend import BatchedRedisBackend
 from workers.celery_hooks.leases import LeasedQoS
-from workers.celery_hooks.pool import BatchingPool, Ticket
-
-
-class Request:
-    """Celery's side of a job: what the pool touches of it, and what was done to it, in ``log``."""
-
-    def __init__(self, bench: Bench, job_id: Any, *inputs: Any, redelivered: bool = False, **given: Any) -> None:
-        self.log: list[str] = []
-        self.id = job_id
-        self.name = given.pop("task", "cortex.embed")
-        self.task = bench.app.tasks[self.name]
-        self._payload = given.pop("payload", ([], {"inputs": list(inputs), "model": "m", **given}, {}))
-        self.delivery_info = {"redelivered": redelivered}
-        self.message = SimpleNamespace(_raw={}, delivery_tag=f"tag-{job_id}", channel=SimpleNamespace(qos=None))
-        self.acknowledged = False
-        self.returned: Any = None
-        self.pid: int | None = None
-        self._already_revoked = False
-        self._terminate_on_ack: Any = None
-        self.is_revoked: Callable[[], bool] = lambda: False
-        self.on_start: Callable[[], None] = lambda: None
-        self.on_callback: Callable[[], None] = lambda: None
-        self.bench = bench
-
-    def on_accepted(self, pid: int, _: float) -> None:
-        self.pid = pid
-        self.on_start()
-        self.log.append("accepted")
-
-    def on_success(self, returned: Any) -> None:
-        self.returned = returned
-        self.log.append("success")
-        self.bench.answered.append(self.id)
-        self.on_callback()
-        self.acknowledge()
-
-    def on_failure(self, returned: Any) -> None:
-        self.returned = returned
-        self.log.append("failure")
-        self.on_callback()
-
-    def revoked(self) -> bool:
-        return self.is_revoked()
-
-    def acknowledge(self) -> None:
-        if not self.acknowledged:
-            self.acknowledged = True
-            self.log.append("acknowledged")
-
-    def reject(self, requeue: bool) -> None:
-        assert requeue
-        self.acknowledged = True
-        self.log.append("given back")
-        self.bench.given_back.append(self.id)
-
-
-class Bench:
-    """A started pool without a broker; ``turn_until`` is its hub."""
-
-    def __init__(self) -> None:
-        settings = Settings(broker_url="redis://127.0.0.1:1/0", transport="stock")
-        self.app: Celery = app_module.build(settings, fleet_of(m={"load": "pinned", "batching": {"max_items": 2}}))
-        self.app.amqp.queues.select(["m"])
-        self.answered: list[Any] = []
-        self.given_back: list[Any] = []
-        self.traced: list[tuple[Any, ...]] = []
-        self.trace_failure: Exception | None = None
-        self.pool = BatchingPool(limit=8, app=self.app)
-        self.pool.on_start()
-        self.readers: dict[int, Callable[[], None]] = {}
-        self.timers: list[Callable[[], None]] = []
-        self.pool.register_with_event_loop(
-            SimpleNamespace(
-                add_reader=self.readers.__setitem__, call_repeatedly=lambda every, call: self.timers.append(call)
-            )
-        )
-        self.app.cortex.health.state = "ready"
-
-    @property
-    def adapter(self) -> StubAdapter:
-        adapter = self.app.cortex.registry.model("m").loaded
-        assert isinstance(adapter, StubAdapter)
-        return adapter
-
-    def trace(self, name: str, job_id: Any, headers: Any, payload: Any, *_: Any) -> tuple[int, Any, float]:
-        """Celery's tracer, in short: run the task's ``__call__``."""
-        self.traced.append((name, job_id))
-        if self.trace_failure is not None:
-            raise self.trace_failure
-        args, kwargs, _embed = payload or ([], {}, {})
-        try:
-            return 0, self.app.tasks[name](*args, **kwargs), 0.0
-        except CortexError as error:
-            return 1, error, 0.0
-
-    def apply(self, request: Request, headers: dict[str, Any] | None = None) -> Any:
-        return self.pool.on_apply(
-            self.trace,
-            (request.name, request.id, headers or {}, b"", "application/json", "utf-8"),
-            accept_callback=request.on_accepted,
-            callback=request.on_success,
-            error_callback=request.on_failure,
-            timeout=1.0,
-            soft_timeout=None,
-            correlation_id=request.id,
-        )
-
-    def send(self, job_id: Any, *inputs: Any, **given: Any) -> Request:
-        request = Request(self, job_id, *inputs, **given)
-        self.apply(request)
-        return request
-
-    def turn_until(self, true: Callable[[], object]) -> None:
-        until_s = time.monotonic() + PATIENCE_S
-        while not true():
-            assert time.monotonic() < until_s, "not in time"
-            for fd in select.select(list(self.readers), [], [], 0.05)[0]:
-                self.readers[fd]()
-
-    def hold(self, job_id: str) -> Request:
-        """A job whose forward pass waits until ``adapter.gate`` is set."""
-        self.adapter.gate.clear()
-        self.adapter.entered.clear()
-        held = self.send(job_id, job_id)
-        assert self.adapter.entered.wait(PATIENCE_S)
-        return held
+from workers.celery_hooks.pool import Ticket
 
 
 @pytest.fixture
-def bench(monkeypatch: pytest.MonkeyPatch) -> Iterator[Bench]:
+def bench(monkeypatch: pytest.MonkeyPatch) -> Iterator[PoolBench]:
     health = SimpleNamespace(start=lambda: None, stop=lambda: None, announce=lambda state: None, errors=0)
     monkeypatch.setattr(app_module, "Health", lambda **_: health)
     worker_state.reset_state()
-    made = Bench()
+    made = PoolBench()
     yield made
     made.adapter.gate.set()
     made.pool.on_stop(patience_s=0)
     worker_state.reset_state()
 
 
-def said(request: Request) -> Any:
+def said(request: PoolRequest) -> Any:
     failed, returned, _ = request.returned
     assert not failed, returned
     return [item["value"]["said"] for item in returned.items]
@@ -170,7 +42,7 @@ def said(request: Request) -> Any:
 # ------------------------------------------------------------------------------------------------ answers
 
 
-def test_each_job_gets_its_own_answer_and_its_own_number(bench: Bench) -> None:
+def test_each_job_gets_its_own_answer_and_its_own_number(bench: PoolBench) -> None:
     requests = [bench.send(f"job {n}", f"text {n}") for n in range(10)]
     bench.turn_until(lambda: len(bench.answered) == 10)
     assert [said(request) for request in requests] == [[f"text {n}"] for n in range(10)]
@@ -179,7 +51,7 @@ def test_each_job_gets_its_own_answer_and_its_own_number(bench: Bench) -> None:
     assert bench.pool.in_flight() == {}
 
 
-def test_the_runtime_includes_the_models_time(bench: Bench) -> None:
+def test_the_runtime_includes_the_models_time(bench: PoolBench) -> None:
     held = bench.hold("held")
     time.sleep(0.01)
     bench.adapter.gate.set()
@@ -196,7 +68,7 @@ def test_the_runtime_includes_the_models_time(bench: Bench) -> None:
     ],
 )
 def test_a_wrong_job_fails_at_once_and_is_counted(
-    bench: Bench, given: dict[str, Any], expected: type[CortexError]
+    bench: PoolBench, given: dict[str, Any], expected: type[CortexError]
 ) -> None:
     request = bench.send("wrong", "x", **given)
     assert request.returned[0] == 1
@@ -205,7 +77,7 @@ def test_a_wrong_job_fails_at_once_and_is_counted(
     assert bench.app.cortex.health.errors == 1
 
 
-def test_a_job_that_breaks_its_reading_is_answered(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_job_that_breaks_its_reading_is_answered(bench: PoolBench, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: Any) -> None:
         raise RecursionError("too deep")
 
@@ -226,21 +98,21 @@ def test_a_job_that_breaks_its_reading_is_answered(bench: Bench, monkeypatch: py
         ("a", ([], {"inputs": ["x"]}, 5)),
     ],
 )
-def test_what_celery_could_not_settle_is_left_to_the_transport(bench: Bench, job_id: Any, payload: Any) -> None:
+def test_what_celery_could_not_settle_is_left_to_the_transport(bench: PoolBench, job_id: Any, payload: Any) -> None:
     """It parks what raises here."""
     with pytest.raises(TypeError):
         bench.send(job_id, payload=payload)
     assert bench.pool.in_flight() == {}
 
 
-def test_errors_of_inputs_are_counted(bench: Bench) -> None:
+def test_errors_of_inputs_are_counted(bench: PoolBench) -> None:
     bench.adapter.refuse = {"bad"}
     request = bench.send("mixed", "bad", "good", "")
     bench.turn_until(lambda: request.returned)
     assert bench.app.cortex.health.errors == 2
 
 
-def test_a_users_own_task_runs_at_once(bench: Bench) -> None:
+def test_a_users_own_task_runs_at_once(bench: PoolBench) -> None:
     def own() -> int:
         return 7
 
@@ -250,7 +122,7 @@ def test_a_users_own_task_runs_at_once(bench: Bench) -> None:
     assert request.returned[1] == 7
 
 
-def test_a_tracer_that_raises_fails_its_job_alone(bench: Bench) -> None:
+def test_a_tracer_that_raises_fails_its_job_alone(bench: PoolBench) -> None:
     bench.trace_failure = LookupError("a defect of the tracer")
     request = bench.send("a", "x")
     bench.turn_until(lambda: request.returned)
@@ -266,7 +138,7 @@ def test_a_tracer_that_raises_fails_its_job_alone(bench: Bench) -> None:
 
 
 def test_results_wait_for_redis_and_no_job_is_acknowledged_before(
-    bench: Bench, monkeypatch: pytest.MonkeyPatch
+    bench: PoolBench, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with monkeypatch.context() as patched:
         patched.setattr(BatchedRedisBackend, "flush", lambda self: raise_(redis.ConnectionError("away")))
@@ -281,8 +153,8 @@ def test_results_wait_for_redis_and_no_job_is_acknowledged_before(
     assert len(bench.traced) == 3, "traced once"
 
 
-def test_a_callback_that_finds_redis_away_leaves_the_job_to_its_lease(bench: Bench) -> None:
-    request = Request(bench, "a", "x")
+def test_a_callback_that_finds_redis_away_leaves_the_job_to_its_lease(bench: PoolBench) -> None:
+    request = PoolRequest(bench, "a", "x")
     qos = LeasedQoS.__new__(LeasedQoS)
     let_go: list[str] = []
     qos.let_go = let_go.append  # type: ignore[method-assign]
@@ -296,22 +168,22 @@ def test_a_callback_that_finds_redis_away_leaves_the_job_to_its_lease(bench: Ben
     assert bench.pool.in_flight() == {}
 
 
-def test_a_users_callback_that_fails_does_not_bring_the_job_back(bench: Bench) -> None:
-    request = Request(bench, "a", "x")
+def test_a_users_callback_that_fails_does_not_bring_the_job_back(bench: PoolBench) -> None:
+    request = PoolRequest(bench, "a", "x")
     request.on_callback = lambda: raise_(ValueError("a user's errback"))
     bench.apply(request)
     bench.turn_until(lambda: request.acknowledged)
 
 
-def test_a_start_that_cannot_be_told_does_not_lose_the_job(bench: Bench) -> None:
-    request = Request(bench, "a", "x")
+def test_a_start_that_cannot_be_told_does_not_lose_the_job(bench: PoolBench) -> None:
+    request = PoolRequest(bench, "a", "x")
     request.on_start = lambda: raise_(redis.ConnectionError("away"))
     bench.apply(request)
     bench.turn_until(lambda: request.acknowledged)
     assert said(request) == ["x"]
 
 
-def test_a_suspect_is_not_failed_because_redis_is_away(bench: Bench) -> None:
+def test_a_suspect_is_not_failed_because_redis_is_away(bench: PoolBench) -> None:
     """Nobody answers at the broker's address: its attempts cannot be counted."""
     request = bench.send("suspect", "x", redelivered=True)
     bench.turn_until(lambda: request.returned)
@@ -321,7 +193,7 @@ def test_a_suspect_is_not_failed_because_redis_is_away(bench: Bench) -> None:
 # ----------------------------------------------------------------------------------- revoked and terminated
 
 
-def test_a_revoked_job_is_dropped_before_its_pass(bench: Bench) -> None:
+def test_a_revoked_job_is_dropped_before_its_pass(bench: PoolBench) -> None:
     held = bench.hold("held")
     waits = bench.send("waits", "never")
     worker_state.revoked.add("waits")
@@ -332,7 +204,7 @@ def test_a_revoked_job_is_dropped_before_its_pass(bench: Bench) -> None:
     assert bench.adapter.passes == [["warm"], ["held"]]
 
 
-def test_a_drop_that_fails_costs_the_neighbours_nothing(bench: Bench) -> None:
+def test_a_drop_that_fails_costs_the_neighbours_nothing(bench: PoolBench) -> None:
     held = bench.hold("held")
     waits, neighbour = bench.send("waits", "never"), bench.send("neighbour", "y")
     worker_state.revoked.add("waits")
@@ -342,9 +214,9 @@ def test_a_drop_that_fails_costs_the_neighbours_nothing(bench: Bench) -> None:
     assert said(neighbour) == ["y"]
 
 
-def test_terminate_drops_a_waiting_job_and_lets_a_started_one_finish(bench: Bench) -> None:
+def test_terminate_drops_a_waiting_job_and_lets_a_started_one_finish(bench: PoolBench) -> None:
     held = bench.hold("held")
-    waits = Request(bench, "waits", "never")
+    waits = PoolRequest(bench, "waits", "never")
     ticket = bench.apply(waits)
     assert isinstance(ticket, Ticket)
     bench.turn_until(lambda: held.log == ["accepted"])
@@ -358,7 +230,7 @@ def test_terminate_drops_a_waiting_job_and_lets_a_started_one_finish(bench: Benc
     assert said(held) == ["held"]
 
 
-def test_a_job_that_was_revoked_while_it_ran_is_not_answered(bench: Bench) -> None:
+def test_a_job_that_was_revoked_while_it_ran_is_not_answered(bench: PoolBench) -> None:
     held = bench.hold("held")
     held._already_revoked = True
     bench.adapter.gate.set()
@@ -367,8 +239,8 @@ def test_a_job_that_was_revoked_while_it_ran_is_not_answered(bench: Bench) -> No
     assert bench.traced == []
 
 
-def test_an_expired_job_is_dropped(bench: Bench) -> None:
-    request = Request(bench, "late", "x")
+def test_an_expired_job_is_dropped(bench: PoolBench) -> None:
+    request = PoolRequest(bench, "late", "x")
     request.is_revoked = lambda: True
     bench.apply(request, {"expires": "2001-01-01T00:00:00+00:00"})
     bench.turn_until(lambda: not bench.pool.in_flight())
@@ -378,7 +250,7 @@ def test_an_expired_job_is_dropped(bench: Bench) -> None:
 # ------------------------------------------------------------------------------------------------ stopping
 
 
-def test_a_stop_answers_what_has_started_and_gives_back_the_rest_in_order(bench: Bench) -> None:
+def test_a_stop_answers_what_has_started_and_gives_back_the_rest_in_order(bench: PoolBench) -> None:
     held = bench.hold("held")
     waits = [bench.send(f"waits {n}", "x") for n in range(3)]
     bench.app.cortex.stop_runners()
@@ -391,7 +263,7 @@ def test_a_stop_answers_what_has_started_and_gives_back_the_rest_in_order(bench:
     assert bench.pool.in_flight() == {}
 
 
-def test_a_stop_does_not_wait_for_ever_for_redis(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_stop_does_not_wait_for_ever_for_redis(bench: PoolBench, monkeypatch: pytest.MonkeyPatch) -> None:
     request = bench.send("a", "x")
     with monkeypatch.context() as patched:
         patched.setattr(BatchedRedisBackend, "flush", lambda self: raise_(redis.ConnectionError("away")))
@@ -403,7 +275,7 @@ def test_a_stop_does_not_wait_for_ever_for_redis(bench: Bench, monkeypatch: pyte
 # --------------------------------------------------------------------------------------------------- shown
 
 
-def test_the_info_page_tells_of_batches(bench: Bench) -> None:
+def test_the_info_page_tells_of_batches(bench: PoolBench) -> None:
     for n in range(3):
         request = bench.send(str(n), "x")
         bench.turn_until(lambda request=request: request.acknowledged)
