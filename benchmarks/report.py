@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import textwrap
 from collections.abc import Mapping
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -48,15 +49,12 @@ def table(results: Mapping[str, Any]) -> str:
         *(f"| {' | '.join(row)} |" for row in rows),
     ]
     where = f"{about['cpu']}, {about['cores']} cores, {about['date']}"
-    return "\n".join(
-        [
-            *lines,
-            "",
-            f"Measured by `make bench` on {where}. The others were measured on another machine, where stock Celery "
-            f"reaches {shown(STOCK_PER_S)} requests/s: compare the multiples, not the rates. "
-            "[What each figure means](docs/performance.md).",
-        ]
+    said = (
+        f"Measured by `make bench` on {where}. The others were measured on another machine, where stock Celery "
+        f"reaches {shown(STOCK_PER_S)} requests/s: compare the multiples, not the rates. "
+        "[What each figure means](docs/performance.md)."
     )
+    return "\n".join([*lines, "", *textwrap.wrap(said, 120, break_on_hyphens=False)])
 
 
 def _rows(overhead: Figures, throughput: Figures, latency: Figures, startup: Figures) -> list[tuple[str, ...]]:
