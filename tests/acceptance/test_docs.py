@@ -35,9 +35,9 @@ from workers.health import HUNG_EXIT_CODE
 DOCS = ROOT / "docs"
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
 #: Who wrote a page, and where, is not the reader's concern.
-FORBIDDEN = re.compile(
-    r"\b(sessions?|helpers?|assistants?|AI[- ](written|generated)|language model)\b|/work/|/tmp/lab|/root/", re.I
-)
+FORBIDDEN = re.compile(r"\b(AI[- ](written|generated)|language model)\b", re.I)
+#: Directories of the machine at hand.
+HERE = (f"{ROOT.parent}/", f"{Path.home()}/")
 
 each_page = pytest.mark.parametrize("page", PAGES, ids=[page.name for page in PAGES])
 
@@ -99,7 +99,9 @@ def test_make_targets_exist(page: Path) -> None:
 
 @each_page
 def test_no_forbidden_words(page: Path) -> None:
-    assert FORBIDDEN.search(page.read_text(encoding="utf-8")) is None
+    text = page.read_text(encoding="utf-8")
+    assert FORBIDDEN.search(text) is None
+    assert not any(path in text for path in HERE)
 
 
 @each_page
