@@ -36,8 +36,8 @@ DOCS = ROOT / "docs"
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
 #: Who wrote a page, and where, is not the reader's concern.
 FORBIDDEN = re.compile(r"\b(AI[- ](written|generated)|language model)\b", re.I)
-#: Directories of the machine at hand.
-HERE = (f"{ROOT.parent}/", f"{Path.home()}/")
+#: Directories of the machine at hand (the root directory is everybody's).
+HERE = [f"{path}/" for path in (ROOT, Path.home()) if path != Path("/")]
 
 each_page = pytest.mark.parametrize("page", PAGES, ids=[page.name for page in PAGES])
 
