@@ -241,10 +241,13 @@ class CortexChannel(kombu_redis.Channel):
 
     def _drop_overdue(self) -> None:
         """A half-open connection never becomes readable: give it up, so that the worker connects anew."""
-        oldest_s = min(since for since in self._waiting_since_s.values() if since is not None)
-        if time.monotonic() - oldest_s > _WAIT_S + _OVERDUE_S:
-            self._close_waits()
-            raise ConnectionError("Redis has not answered a wait for messages; connecting anew")
+        for key, since_s in self._waiting_since_s.items():
+            if since_s is None or time.monotonic() - since_s <= _WAIT_S + _OVERDUE_S:
+                continue
+            # After a stall of this process the answer lies there and was only not read yet.
+            if not kombu_redis._socket_readable(self._waits[key]._sock):
+                self._close_waits()
+                raise ConnectionError("Redis has not answered a wait for messages; connecting anew")
 
     def _close_waits(self) -> None:
         waits, self._waits = self._waits, {}

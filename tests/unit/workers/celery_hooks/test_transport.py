@@ -11,10 +11,12 @@ from typing import Any
 import pytest
 import redis
 from kombu import Connection
+from kombu.transport import redis as kombu_redis
 
 from cortex_tasks.codec import queue_key, queue_keys
 from tests.support.consuming import Consuming, consuming, message, push
 from tests.support.redis_server import RedisServer
+from tests.support.worker_process import poll_until
 from workers.celery_hooks import transport
 
 
@@ -176,6 +178,21 @@ def test_an_overdue_wait_gives_the_connection_up(worker: Consuming, monkeypatch:
     monkeypatch.setattr(transport, "_OVERDUE_S", -1_000.0)
     with pytest.raises(worker.connection.connection_errors, match="has not answered"):
         worker.turn_until(lambda: False, "an error")
+
+
+def test_an_answer_that_was_only_not_read_yet_keeps_the_connection(
+    worker: Consuming, client: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As after a stall of the whole process."""
+    worker.turn(3)
+    push(client, "late")
+    # Every wait ends within a second, by the message or by itself; nobody reads the answers meanwhile.
+    waits = worker.channel._waits.values()
+    poll_until(lambda: all(kombu_redis._socket_readable(wait._sock) for wait in waits), "an answer to each wait")
+    monkeypatch.setattr(transport, "_OVERDUE_S", -1_000.0)
+    worker.channel._drop_overdue()
+    monkeypatch.undo()
+    worker.expect("late")
 
 
 def test_a_key_of_another_type_is_waited_out(
