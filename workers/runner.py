@@ -109,6 +109,9 @@ class Runner(threading.Thread):
                 if self._stopping:
                     return
             self._admission.admit()
+            with self._changed:
+                # The pass may have ended meanwhile: then the runner found nothing in line, and sleeps.
+                self._changed.notify()
 
     def _drain(self) -> None:
         """On a stop: jobs that have started are finished, as far as the grace goes; the others are dropped, which

@@ -12,6 +12,7 @@ import pytest
 from cortex_tasks.errors import CortexError, InferenceFailed, PoisonJob
 from cortex_tasks.payloads import Params
 from tests.support.stub_models import PATIENCE_S, Listener, StubAdapter, fleet_of, job, ready, registry_of
+from tests.support.worker_process import poll_until
 from workers.adapters import Item
 from workers.runner import Runner
 from workers.runtime import Job
@@ -91,6 +92,37 @@ def test_a_long_pass_overlaps_the_preparation_of_what_comes_meanwhile() -> None:
         bench.adapter.gate.set()
         bench.events.wait("finished", "first", "second")
     assert bench.adapter.passes == [["a"], ["b"]]
+
+
+def test_what_the_preparer_lines_up_after_the_pass_has_ended_runs_at_once() -> None:
+    """The runner, finding nothing in line, must be woken: no other job may come for a long time."""
+    holding, let_go = threading.Event(), threading.Event()
+
+    class SlowToPrepare(StubAdapter):
+        def prepare(self, task: str, inputs: Sequence[Any], params: Params) -> list[Item | CortexError]:
+            if "b" in inputs:
+                holding.set()
+                assert let_go.wait(PATIENCE_S)
+            return super().prepare(task, inputs, params)
+
+    bench = Bench(SlowToPrepare())
+    bench.runner._usual_pass_s = 1.0
+    bench.adapter.gate.clear()
+    with bench.running():
+        bench.submit(job("first", "a"))
+        assert bench.adapter.entered.wait(PATIENCE_S)
+        bench.submit(job("second", "b"))
+        assert holding.wait(PATIENCE_S)
+        bench.adapter.gate.set()
+        bench.events.wait("finished", "first")
+        poll_until(lambda: _sleeps(bench.runner), "the runner found nothing in line")
+        let_go.set()
+        bench.events.wait("finished", "second")
+    assert bench.adapter.passes == [["a"], ["b"]]
+
+
+def _sleeps(runner: Runner) -> bool:
+    return bool(runner._changed._waiters)  # type: ignore[attr-defined]
 
 
 def test_an_idle_runner_admits_by_itself() -> None:
