@@ -3,15 +3,24 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from functools import lru_cache
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 from cortex_tasks.errors import ModelUnavailable
 
-__all__ = ["FileEntry", "digest_of", "manifest", "refuse_pickle"]
+__all__ = [
+    "FileEntry",
+    "bad_files",
+    "digest_of",
+    "entries_from_json",
+    "entries_to_json",
+    "manifest",
+    "refuse_pickle",
+]
 
 #: Never read by a model, so a change in them makes no new revision.
 _IGNORED = ("*.md", "*.py", "*.pyc", "LICENSE*", "LICENCE*", "NOTICE*", ".*")
@@ -44,7 +53,11 @@ def _files(root: Path) -> Iterator[Path]:
 @lru_cache(maxsize=4096)
 def _sha256(path: str, size_bytes: int, mtime_ns: int) -> str:
     """Keyed by size and modification time as well, so that an unchanged file is read once a process."""
-    with open(path, "rb") as stream:
+    return _hash(Path(path))
+
+
+def _hash(path: Path) -> str:
+    with path.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
@@ -64,6 +77,44 @@ def digest_of(entries: tuple[FileEntry, ...]) -> str:
     for entry in entries:
         total.update(f"{entry.name}\0{entry.size_bytes}\0{entry.sha256}\n".encode())
     return total.hexdigest()
+
+
+def bad_files(root: Path, entries: tuple[FileEntry, ...], checked: Path | None) -> list[str]:
+    """The names of entries whose file below ``root`` is absent or other than it should be.
+
+    ``checked``: a file written after all of them were checked; what was not modified since is only measured.
+    """
+    bad = []
+    checked_ns = checked.stat().st_mtime_ns if checked is not None else -1
+    for entry in entries:
+        try:
+            stat = (root / entry.name).stat()
+            whole = stat.st_size == entry.size_bytes and (
+                stat.st_mtime_ns <= checked_ns or _hash(root / entry.name) == entry.sha256
+            )
+        except OSError:
+            whole = False
+        if not whole:
+            bad.append(entry.name)
+    return bad
+
+
+def entries_to_json(entries: tuple[FileEntry, ...]) -> bytes:
+    return json.dumps({"files": [[entry.name, entry.size_bytes, entry.sha256] for entry in entries]}).encode()
+
+
+def entries_from_json(text: bytes) -> tuple[FileEntry, ...]:
+    """Raises ValueError for anything but what ``entries_to_json`` wrote, and for names that lead elsewhere."""
+    try:
+        rows = json.loads(text)["files"]
+        entries = tuple(FileEntry(str(name), int(size), str(sha256)) for name, size, sha256 in rows)
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"not a manifest: {error!r}") from error
+    for entry in entries:
+        path = PurePosixPath(entry.name)
+        if path.is_absolute() or ".." in path.parts or not path.parts or entry.size_bytes < 0:
+            raise ValueError(f"not a manifest: the name {entry.name!r} is not one of a snapshot's files")
+    return entries
 
 
 def refuse_pickle(root: Path, source: str) -> None:
