@@ -90,14 +90,12 @@ class Disk:
         clock: Callable[[], float] = time.time,
         on_evicted: Callable[[Stored], None] = lambda _: None,
     ) -> None:
-        """Makes the directories. Raises OSError where that is impossible; one that is only readable is fine."""
+        """Nothing is made before something is written; a directory that can only be read is fine."""
         self.root = root
         self._max_bytes = max_bytes
         self._threshold = threshold
         self._clock = clock
         self._on_evicted = on_evicted
-        for name in ("revisions", "refs", "pins", "locks", "partial"):
-            (root / name).mkdir(parents=True, exist_ok=True)
 
     # -------------------------------------------------------------------------------------------- reading
 
@@ -164,7 +162,7 @@ class Disk:
                 ref = json.loads(file.read_bytes())
                 sources.setdefault(str(ref["digest"]), []).append(str(ref["source"]))
         found = []
-        for directory in (self.root / "revisions").iterdir():
+        for directory in (self.root / "revisions").glob("*"):
             with contextlib.suppress(OSError, ValueError):
                 entries = entries_from_json((directory / _MANIFEST).read_bytes())
                 digest = directory.name
@@ -210,6 +208,7 @@ class Disk:
         What a killed holder left is wiped. Raises ModelUnavailable when the other does not end within ``wait_s``,
         OSError where nothing can be written.
         """
+        self._make_directories()
         lock = FileLock.take(self._lock_path(f"fetch-{key}"), wait_s=wait_s)
         if lock is None:
             raise ModelUnavailable(
@@ -224,6 +223,10 @@ class Disk:
         finally:
             shutil.rmtree(partial, ignore_errors=True)
             lock.release()
+
+    def _make_directories(self) -> None:
+        for name in ("revisions", "refs", "pins", "locks", "partial"):
+            (self.root / name).mkdir(parents=True, exist_ok=True)
 
     def publish(self, partial: Path, entries: tuple[FileEntry, ...], source: str, key: str) -> Held:
         """Make the checked files in ``partial`` a revision, all of it on disk before it can be seen; held."""
@@ -271,6 +274,7 @@ class Disk:
 
     def pin(self, digest: str, pinned: bool = True) -> None:
         """Keep a revision out of the clean-up, or let it in again."""
+        self._make_directories()
         mark = self.root / "pins" / digest
         if pinned:
             mark.touch()
@@ -333,7 +337,7 @@ class Disk:
 
     def wipe_leftovers(self) -> None:
         """Remove what killed processes left half done."""
-        for path in (self.root / "partial").iterdir():
+        for path in (self.root / "partial").glob("*"):
             key = path.name.partition(".")[0]
             with contextlib.suppress(OSError):
                 lock = FileLock.take(self._lock_path(key if path.suffix == ".trash" else f"fetch-{key}"))

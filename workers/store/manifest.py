@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from functools import lru_cache
@@ -19,7 +19,9 @@ __all__ = [
     "entries_from_json",
     "entries_to_json",
     "manifest",
+    "matters",
     "refuse_pickle",
+    "refuse_pickled_names",
 ]
 
 #: Never read by a model, so a change in them makes no new revision.
@@ -44,9 +46,7 @@ def _matches(name: str, patterns: tuple[str, ...]) -> bool:
 def _files(root: Path) -> Iterator[Path]:
     """Every file below ``root`` that matters, in no order. Follows links to files, as the hub's cache uses."""
     for path in root.rglob("*"):
-        inner = path.relative_to(root).parts
-        hidden = any(part.startswith(".") or part == "__pycache__" for part in inner[:-1])
-        if path.is_file() and not hidden and not _matches(path.name, (*_IGNORED, *_PICKLED)):
+        if path.is_file() and matters(path.relative_to(root).as_posix()):
             yield path
 
 
@@ -117,17 +117,31 @@ def entries_from_json(text: bytes) -> tuple[FileEntry, ...]:
     return entries
 
 
+def matters(name: str) -> bool:
+    """Whether a file of a snapshot, by its relative name, decides its answers."""
+    *folders, last = name.split("/")
+    hidden = any(folder.startswith(".") or folder == "__pycache__" for folder in folders)
+    return not hidden and not _matches(last, (*_IGNORED, *_PICKLED))
+
+
 def refuse_pickle(root: Path, source: str) -> None:
-    """Raise ModelUnavailable when a directory of the snapshot has pickled weights and no safetensors beside them.
+    """Raise ModelUnavailable when a directory of the snapshot has pickled weights and no safetensors beside them."""
+    refuse_pickled_names([path.relative_to(root).as_posix() for path in root.rglob("*") if path.is_file()], source)
+
+
+def refuse_pickled_names(names: Iterable[str], source: str) -> None:
+    """The same for a snapshot whose files are known by name.
 
     Directory by directory, because each module of a model has one of its own and a library that finds no
     safetensors in it would read the pickle.
     """
-    for path in sorted(root.rglob("*")):
-        if path.is_file() and _matches(path.name, _PICKLED) and not any(path.parent.glob("*.safetensors")):
+    paths = sorted(PurePosixPath(name) for name in names)
+    safe = {path.parent for path in paths if path.suffix == ".safetensors"}
+    for path in paths:
+        if _matches(path.name, _PICKLED) and path.parent not in safe:
             raise ModelUnavailable(
-                f"model source {source!r} has only pickled weights ({path.relative_to(root)}), and reading pickle "
+                f"model source {source!r} has only pickled weights ({path}), and reading pickle "
                 "runs code; convert it (model.save_pretrained(..., safe_serialization=True)) or take a source "
                 "with *.safetensors",
-                {"source": source, "file": str(path.relative_to(root))},
+                {"source": source, "file": str(path)},
             )
