@@ -6,7 +6,8 @@ import hashlib
 import json
 import logging
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, Literal
@@ -17,7 +18,10 @@ from cortex_tasks.presence import ModelCard
 from workers.adapters import Adapter, LoadContext, adapter_class
 from workers.batching import Budget
 from workers.budget import BudgetLearner
-from workers.store.sources import Snapshot, resolve
+from workers.memory import Memory
+from workers.store.build import shares
+from workers.store.sources import Snapshot
+from workers.store.tiers import Opened, Store
 
 __all__ = ["RETRY_LOAD_S", "Model", "Registry", "revision_of"]
 
@@ -50,6 +54,12 @@ class Model:
     jobs: int = 0
     items: int = 0
     batches: int = 0
+    loads: int = 0
+    fetch_ms: float = 0.0
+    #: Its files, held while it is loaded.
+    opened: Opened | None = None
+    #: Padded tokens that the inference buffer holds; None: not known.
+    buffer_tokens: int | None = None
     #: Learns the best budget, where that is asked for and means something.
     learner: BudgetLearner | None = None
 
@@ -58,7 +68,7 @@ class Model:
         """What the next forward pass may hold."""
         batching = self.config.batching
         tokens = self.learner.next_tokens() if self.learner else batching.max_padded_tokens
-        return Budget(batching.max_items, tokens)
+        return Budget(batching.max_items, min(tokens, self.buffer_tokens or tokens))
 
     @property
     def loaded(self) -> Adapter:
@@ -84,7 +94,10 @@ class Model:
             jobs=self.jobs,
             items=self.items,
             batches=self.batches,
-            budget_tokens=self.learner.best_tokens if self.learner else self.config.batching.max_padded_tokens,
+            budget_tokens=self.learner.best_tokens if self.learner else self.budget.max_padded_tokens,
+            tier=(self.opened and self.opened.tier) or "",
+            fetch_ms=round(self.fetch_ms, 1),
+            loads=self.loads,
         )
 
 
@@ -114,7 +127,9 @@ class Registry:
         models_dir: Path | None,
         clock: Callable[[], float],
         cache_dir: Path | None = None,
+        store: Store | None = None,
     ) -> None:
+        """Without a ``store`` models are read where they lie, or from Hugging Face's own cache."""
         self.models = {alias: Model(alias, fleet.models[alias]) for alias in aliases}
         children = sum(model.config.children for model in self.models.values())
         #: Each child's share of the memory that queues.yaml gives to child processes.
@@ -122,7 +137,9 @@ class Registry:
         self._buffer_bytes = fleet.memory_config.inference_buffer
         self._threads = threads
         self._device = device
-        self._models_dir = models_dir
+        self.store = store or Store(models_dir=models_dir)
+        l1 = fleet.model_storage.l1_memory
+        self.memory = Memory(min(l1.size, fleet.memory_config.model_cache), l1.ttl_s, self._let_go, clock)
         self._cache_dir = cache_dir
         self._cache_store = fleet.storage_config.cache_store
         self._clock = clock
@@ -146,18 +163,75 @@ class Registry:
         self.models = {**self.models, alias: Model(alias, config)}
 
     def may_load(self, model: Model) -> bool:
-        """Whether a load should be tried now: not ready, and not failed a moment ago."""
-        if model.state == "ready" or model.error is None:
-            return model.state != "ready"
+        """Whether a load should be tried now: not ready (or about to leave), and not failed a moment ago."""
+        if model.state == "ready" and self.memory.stays(model.alias):
+            return False
+        if model.error is None:
+            return True
         wait_s = RETRY_TRANSIENT_S if model.error.details.get("transient") else RETRY_LOAD_S
         return self._clock() - model.failed_at_s >= wait_s
 
-    def load(self, alias: str) -> Model:
-        """Load and warm a model unless it is ready. Raises ModelUnavailable; the reason stays on the model."""
+    # ------------------------------------------------------------------------------ in memory or not
+
+    def hold(self, model: Model) -> bool:
+        """Use a ready model until ``release``; False when it is not ready, or about to leave the memory."""
+        if model.state == "ready" and self.memory.hold(model.alias):
+            self.store.counters.hit("memory")
+            return True
+        self.store.counters.miss("memory")
+        return False
+
+    def release(self, alias: str, count: int = 1) -> None:
+        self.memory.release(alias, count)
+
+    @contextmanager
+    def using(self, alias: str) -> Iterator[Model]:
+        """A model that is loaded, if need be, and stays so within. Raises ModelUnavailable."""
+        model = self.load(alias, hold=True)
+        try:
+            yield model
+        finally:
+            self.release(alias)
+
+    def note_depths(self, jobs_by_queue: Mapping[str, int]) -> None:
+        """What waits in the queues: the models of a queue share its jobs as they shared those before."""
+        waiting: dict[str, float] = {}
+        for queue, jobs in jobs_by_queue.items():
+            members = [model for model in self.models.values() if model.config.queue == queue]
+            total = sum(model.jobs + 1 for model in members)
+            waiting |= {model.alias: jobs * (model.jobs + 1) / total for model in members if jobs}
+        self.memory.note_waiting(waiting)
+
+    def _let_go(self, alias: str) -> None:
+        """Close a model that nobody uses; a job for it loads it again."""
+        model = self.models[alias]
+        if model.state == "ready":
+            model.state = "idle"
+        adapter, model.adapter, model.learner = model.adapter, None, None
+        self.store.counters.evicted()
+        logger.info("model %s leaves the memory", alias)
+        try:
+            if adapter is not None:
+                adapter.close()
+        except Exception:
+            logger.exception("model %s could not be closed", alias)
+        finally:
+            if model.opened is not None:
+                model.opened.release()
+
+    def load(self, alias: str, *, hold: bool = False) -> Model:
+        """Load and warm a model unless it is ready; with ``hold`` it is in use until ``release``.
+
+        Raises ModelUnavailable; the reason stays on the model.
+        """
         model = self.model(alias)
         with self._locks[alias]:
-            if model.state == "ready":
+            if model.state == "ready" and self.memory.hold(alias):
+                if not hold:
+                    self.release(alias)
                 return model
+            # It may have been asked to leave; what is being used is used to the end.
+            self.memory.wait_gone(alias)
             model.state = "loading"
             try:
                 self._load(model)
@@ -170,7 +244,10 @@ class Registry:
                 logger.warning("model %s is unavailable: %s", alias, model.reason)
                 raise model.error from error
             model.error = None
+            model.loads += 1
             model.state = "ready"
+            if not hold:
+                self.release(alias)
             logger.info("model %s@%s loaded in %.0f ms, warm in %.0f ms", alias, model.revision[:12],
                         model.load_ms, model.warm_ms)  # fmt: skip
             return model
@@ -183,14 +260,51 @@ class Registry:
                 except Exception:
                     # The others hold memory and child processes as well.
                     logger.exception("model %s could not be closed", model.alias)
+            if model.opened is not None:
+                model.opened.release()
 
     def _load(self, model: Model) -> None:
+        """Afterwards the model is held once."""
         config = model.config
         started = self._clock()
         cls = adapter_class(config.adapter)
-        snapshot, missing = self._snapshot(config, optional=cls.weights_optional)
-        context = LoadContext(
-            alias=model.alias,
+        opened, missing = self._open(config, optional=cls.weights_optional)
+        fetched = self._clock()
+        # Children live from a budget of their own: memory_config.process_pool.
+        size_bytes = 0 if config.children else opened.size_bytes
+        try:
+            self.memory.enter(
+                model.alias, size_bytes, pinned=config.load == "pinned", reload_s=max(model.load_ms, 1.0) / 1e3
+            )
+        except BaseException:
+            opened.release()
+            raise
+        adapter: Adapter | None = None
+        try:
+            context = self._context(model.alias, config, opened.snapshot)
+            adapter = self._host(config, context) if config.children else cls.load(context)
+            loaded = self._clock()
+            _warm(adapter, config.tasks)
+            learner = self._learner(config, adapter)
+            self.memory.settle(model.alias, 0 if config.children else adapter.size_bytes, loaded - started)
+        except BaseException:
+            if adapter is not None:
+                adapter.close()
+            self.memory.forget(model.alias)
+            opened.release()
+            raise
+        if model.loads:
+            self.store.counters.reloaded()
+        model.adapter, model.opened, model.learner = adapter, opened, learner
+        model.buffer_tokens = self._buffer_tokens(adapter)
+        model.revision = revision_of(config, adapter, opened.snapshot.digest)
+        model.reason = adapter.note or missing
+        model.fetch_ms = (fetched - started) * 1e3
+        model.load_ms, model.warm_ms = (loaded - started) * 1e3, (self._clock() - loaded) * 1e3
+
+    def _context(self, alias: str, config: ModelConfig, snapshot: Snapshot) -> LoadContext:
+        return LoadContext(
+            alias=alias,
             snapshot=snapshot.path,
             digest=snapshot.digest,
             tasks=config.tasks,
@@ -205,25 +319,15 @@ class Registry:
             gate_cosine=config.gate.mean_cosine,
             gate_top10=config.gate.top10_overlap,
         )
-        adapter = self._host(config, context) if config.children else cls.load(context)
-        loaded = self._clock()
-        try:
-            _warm(adapter, config.tasks)
-            learner = self._learner(config, adapter)
-        except BaseException:
-            adapter.close()
-            raise
-        model.adapter = adapter
-        model.revision = revision_of(config, adapter, snapshot.digest)
-        model.reason = adapter.note or missing
-        model.learner = learner
-        model.load_ms, model.warm_ms = (loaded - started) * 1e3, (self._clock() - loaded) * 1e3
+
+    def _buffer_tokens(self, adapter: Adapter) -> int | None:
+        """The most padded tokens whose forward pass keeps within ``inference_buffer``."""
+        return max(1, self._buffer_bytes // adapter.token_bytes) if adapter.token_bytes else None
 
     def _learner(self, config: ModelConfig, adapter: Adapter) -> BudgetLearner | None:
         """A learner that has seen the model run, for models whose cost grows with tokens."""
         ceiling = config.batching.max_padded_tokens
-        if adapter.token_bytes:
-            ceiling = max(1, min(ceiling, self._buffer_bytes // adapter.token_bytes))
+        ceiling = min(ceiling, self._buffer_tokens(adapter) or ceiling)
         if not config.batching.learn or config.children or config.backend == "native":
             return None
         learner = BudgetLearner(ceiling)
@@ -252,13 +356,13 @@ class Registry:
             memory_limit_bytes=self._child_bytes,
         )
 
-    def _snapshot(self, config: ModelConfig, *, optional: bool) -> tuple[Snapshot, str]:
+    def _open(self, config: ModelConfig, *, optional: bool) -> tuple[Opened, str]:
         try:
-            return resolve(config.source, config.revision, models_dir=self._models_dir), ""
+            return self.store.open(config.source, config.revision, mirrors=config.mirrors, share=shares(config)), ""
         except ModelUnavailable as error:
             if not optional:
                 raise
-            return Snapshot(path=None, digest="", source=config.source), str(error)
+            return Opened(Snapshot(path=None, digest="", source=config.source)), str(error)
 
 
 def _warm(adapter: Adapter, tasks: Iterable[str]) -> None:
