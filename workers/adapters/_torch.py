@@ -110,7 +110,7 @@ class TokensReader:
     ) -> None:
         if not tokenizer.is_fast:
             raise ValueError(f"{type(tokenizer).__name__} has no fast (Rust) tokenizer; add its tokenizer.json")
-        self._backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+        self._backend = _copy(tokenizer.backend_tokenizer)
         self._backend.encode_special_tokens = bool(tokenizer.split_special_tokens)
         self._backend.no_padding()
         self._backend.no_truncation()
@@ -129,6 +129,20 @@ class TokensReader:
     def pair(self, first: Encoding, second: Encoding) -> Tokens:
         """Two bare encodings as one input, special tokens added, cut by this reader's strategy."""
         return Tokens.of(self._backend.post_process(first, second))
+
+
+def _copy(backend: Tokenizer) -> Tokenizer:
+    """A tokenizer with settings of its own over the same vocabulary, which is large and never changes."""
+    copy = Tokenizer(backend.model)
+    copy.normalizer, copy.pre_tokenizer = backend.normalizer, backend.pre_tokenizer
+    copy.post_processor, copy.decoder = backend.post_processor, backend.decoder
+    added = [token for _, token in sorted(backend.get_added_tokens_decoder().items())]
+    for token in added:
+        # In their order, so that each gets the id it has.
+        (copy.add_special_tokens if token.special else copy.add_tokens)([token])
+    if copy.get_added_tokens_decoder() != backend.get_added_tokens_decoder():
+        return Tokenizer.from_str(backend.to_str())
+    return copy
 
 
 def isolating(texts: Sequence[Any], compute: Callable[[list[str]], Iterable[_T]]) -> list[_T | InvalidInput]:
