@@ -126,6 +126,7 @@ class Health(threading.Thread):
             store=self._registry.store.counters.card(
                 memory_bytes=self._registry.memory.used_bytes,
                 memory_limit_bytes=self._registry.memory.budget_bytes,
+                fits_bytes=self._registry.fits.used_bytes,
             ),
         )
 

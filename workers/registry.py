@@ -20,6 +20,7 @@ from workers.batching import Budget
 from workers.budget import BudgetLearner
 from workers.memory import Memory
 from workers.store.build import shares
+from workers.store.fits import Fits
 from workers.store.sources import Snapshot
 from workers.store.tiers import Opened, Store
 
@@ -30,6 +31,9 @@ logger = logging.getLogger(__name__)
 #: A load that failed is tried again by the next job after this long; sooner when the cause may pass by itself.
 RETRY_LOAD_S: Final = 30.0
 RETRY_TRANSIENT_S: Final = 1.0
+
+#: The part of the models' memory that remembered fits may take.
+_FITS_SHARE: Final = 16
 
 #: Time that a load may spend on measuring budgets.
 _CALIBRATE_S: Final = 1.0
@@ -133,13 +137,19 @@ class Registry:
         self.models = {alias: Model(alias, fleet.models[alias]) for alias in aliases}
         children = sum(model.config.children for model in self.models.values())
         #: Each child's share of the memory that queues.yaml gives to child processes.
+        self.store = store or Store(models_dir=models_dir)
+        self.fits = Fits(self.store.l2, fleet.memory_config.model_cache // _FITS_SHARE, self.store.counters)
         self._child_bytes = fleet.memory_config.process_pool // max(children, 1)
         self._buffer_bytes = fleet.memory_config.inference_buffer
         self._threads = threads
         self._device = device
-        self.store = store or Store(models_dir=models_dir)
         l1 = fleet.model_storage.l1_memory
-        self.memory = Memory(min(l1.size, fleet.memory_config.model_cache), l1.ttl_s, self._let_go, clock)
+        self.memory = Memory(
+            min(l1.size, fleet.memory_config.model_cache) * (_FITS_SHARE - 1) // _FITS_SHARE,
+            l1.ttl_s,
+            self._let_go,
+            clock,
+        )
         self._cache_dir = cache_dir
         self._cache_store = fleet.storage_config.cache_store
         self._clock = clock
@@ -295,6 +305,8 @@ class Registry:
             raise
         if model.loads:
             self.store.counters.reloaded()
+        # Only now: a warm-up that recalls its answer would warm nothing.
+        adapter.memo = self.fits
         model.adapter, model.opened, model.learner = adapter, opened, learner
         model.buffer_tokens = self._buffer_tokens(adapter)
         model.revision = revision_of(config, adapter, opened.snapshot.digest)
