@@ -326,6 +326,13 @@ class Disk:
         with lock:
             return self._take_away(digest)
 
+    def discard(self, digest: str) -> bool:
+        """Take a damaged revision away though somebody may hold it: what is mapped stays with who mapped it."""
+        try:
+            return self._take_away(digest)
+        except OSError:
+            return False
+
     def _take_away(self, digest: str) -> bool:
         trash = self.root / "partial" / f"{digest}.{os.getpid()}.trash"
         try:

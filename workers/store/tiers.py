@@ -66,10 +66,6 @@ def key_of(source: str, revision: str | None) -> str:
     return hashlib.sha256(f"{source}\0{revision or ''}".encode()).hexdigest()[:32]
 
 
-def _in_background(work: Callable[[], None]) -> None:
-    threading.Thread(target=work, name="share-model", daemon=True).start()
-
-
 def _silent(tier: Tier, done_bytes: int, total_bytes: int) -> None:
     """Nobody watches."""
 
@@ -86,7 +82,7 @@ class Store:
         counters: Counters | None = None,
         wait_s: float = WAIT_S,
         clock: Callable[[], float] = time.monotonic,
-        background: Callable[[Callable[[], None]], None] = _in_background,
+        background: Callable[[Callable[[], None]], None] | None = None,
     ) -> None:
         """``disks``: the first that can be written takes what is fetched; without any, the hub's own cache does."""
         self.disks = tuple(disks)
@@ -95,7 +91,8 @@ class Store:
         self._models_dir = models_dir
         self._wait_s = wait_s
         self._clock = clock
-        self._background = background
+        self._background = background or self._start
+        self._uploads: list[threading.Thread] = []
 
     def open(
         self,
@@ -128,6 +125,16 @@ class Store:
             tried = "; ".join(f"its mirror too: {error}" for error in others)
             raise ModelUnavailable(f"{first}; {tried}", first.details) from first
         raise first
+
+    def finish(self) -> None:
+        """Wait for what goes to Redis in the background: for programs that are about to end."""
+        for upload in self._uploads:
+            upload.join()
+
+    def _start(self, work: Callable[[], None]) -> None:
+        thread = threading.Thread(target=work, name="share-model", daemon=True)
+        self._uploads = [*(upload for upload in self._uploads if upload.is_alive()), thread]
+        thread.start()
 
     # ----------------------------------------------------------------------------------------- the walk
 
