@@ -135,18 +135,24 @@ class Memory:
             {"model": newcomer.alias, "transient": True, "needed_bytes": newcomer.size_bytes},
         )
 
-    def settle(self, alias: str, size_bytes: int, reload_s: float) -> None:
-        """A model is loaded: its true size and what loading took. What it is larger than promised, others make room
-        for, if they may be spared; raises ModelUnavailable when it can never fit."""
+    def settle(self, alias: str, size_bytes: int, reload_s: float) -> bool:
+        """A model is loaded: its true size and what loading took. Others go for what it is larger than promised.
+
+        False when they may not: then it has to leave, and come again with its true size. Raises ModelUnavailable when
+        it can never fit.
+        """
         with self._changed:
             resident = self._residency.residents[alias]
             grown = size_bytes > resident.size_bytes
             resident.size_bytes, resident.reload_s = size_bytes, reload_s
-            # None: who is in its way has jobs of its own; the next newcomer finds that there is too little room.
-            going = (self._residency.room_for(resident) or []) if grown else []
+            resident.waiting = max(1.0, self._waiting.get(alias, 0.0))
+            going = self._residency.room_for(resident) if grown else []
             resident.waiting = self._waiting.get(alias, 0.0)
+            if going is None or any(one.holds for one in going):
+                return False
             self._take_out(going)
         self._close([one.alias for one in going])
+        return True
 
     def forget(self, alias: str) -> None:
         """A load failed: its place is free."""

@@ -2,23 +2,19 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import logging
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Final, Literal
+from typing import Final
 
 from cortex_tasks.config import FleetConfig, ModelConfig
 from cortex_tasks.errors import CortexError, ModelUnavailable, UnknownModel
-from cortex_tasks.presence import ModelCard
 from workers.adapters import Adapter, LoadContext, adapter_class
-from workers.batching import Budget
 from workers.budget import BudgetLearner
 from workers.memory import Memory
+from workers.model import Model, revision_of
 from workers.store.build import shares
 from workers.store.fits import Fits
 from workers.store.sources import Snapshot
@@ -37,85 +33,6 @@ _FITS_SHARE: Final = 16
 
 #: Time that a load may spend on measuring budgets.
 _CALIBRATE_S: Final = 1.0
-
-State = Literal["idle", "loading", "ready", "unavailable"]
-
-
-@dataclass(slots=True)
-class Model:
-    """One alias in this worker. Counters are written by the model's runner thread only."""
-
-    alias: str
-    config: ModelConfig
-    state: State = "idle"
-    adapter: Adapter | None = None
-    revision: str = ""
-    reason: str = ""
-    error: CortexError | None = None
-    failed_at_s: float = 0.0
-    load_ms: float = 0.0
-    warm_ms: float = 0.0
-    jobs: int = 0
-    items: int = 0
-    batches: int = 0
-    loads: int = 0
-    fetch_ms: float = 0.0
-    #: Its files, held while it is loaded.
-    opened: Opened | None = None
-    #: Padded tokens that the inference buffer holds; None: not known.
-    buffer_tokens: int | None = None
-    #: Learns the best budget, where that is asked for and means something.
-    learner: BudgetLearner | None = None
-
-    @property
-    def budget(self) -> Budget:
-        """What the next forward pass may hold."""
-        batching = self.config.batching
-        tokens = self.learner.next_tokens() if self.learner else batching.max_padded_tokens
-        return Budget(batching.max_items, min(tokens, self.buffer_tokens or tokens))
-
-    @property
-    def loaded(self) -> Adapter:
-        """The adapter of a ready model. Raises ModelUnavailable otherwise."""
-        if self.adapter is None:
-            raise self.error or ModelUnavailable(f"model {self.alias!r} is not loaded")
-        return self.adapter
-
-    def card(self) -> ModelCard:
-        return ModelCard(
-            alias=self.alias,
-            queue=self.config.queue,
-            state=self.state,
-            revision=self.revision,
-            adapter=self.config.adapter,
-            backend=(self.adapter and self.adapter.engine) or self.config.backend,
-            precision=(self.adapter and self.adapter.precision) or self.config.precision,
-            engine=_engine(self.adapter),
-            reason=self.reason,
-            size_bytes=self.adapter.size_bytes if self.adapter else 0,
-            load_ms=round(self.load_ms, 1),
-            warm_ms=round(self.warm_ms, 1),
-            jobs=self.jobs,
-            items=self.items,
-            batches=self.batches,
-            budget_tokens=self.learner.best_tokens if self.learner else self.budget.max_padded_tokens,
-            tier=(self.opened and self.opened.tier) or "",
-            fetch_ms=round(self.fetch_ms, 1),
-            loads=self.loads,
-        )
-
-
-def revision_of(config: ModelConfig, adapter: Adapter, digest: str) -> str:
-    """The digest (32 hex digits) of all that decides an answer: weights, tokenizer and configuration (the
-    snapshot's digest), adapter and its version, library, the engine and the numeric class that really run, options."""
-    running = [adapter.engine or config.backend, adapter.precision or config.precision]
-    parts = [digest, config.adapter, adapter.version, adapter.library, *running]
-    text = json.dumps([*parts, config.options], sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()[:32]
-
-
-def _engine(adapter: Adapter | None) -> str:
-    return " ".join(filter(None, (adapter.engine, adapter.precision, adapter.figures))) if adapter else ""
 
 
 class Registry:
@@ -280,27 +197,17 @@ class Registry:
         cls = adapter_class(config.adapter)
         opened, missing = self._open(config, optional=cls.weights_optional)
         fetched = self._clock()
-        # Children live from a budget of their own: memory_config.process_pool.
-        size_bytes = 0 if config.children else opened.size_bytes
         try:
-            self.memory.enter(
-                model.alias, size_bytes, pinned=config.load == "pinned", reload_s=max(model.load_ms, 1.0) / 1e3
-            )
-        except BaseException:
-            opened.release()
-            raise
-        adapter: Adapter | None = None
-        try:
-            context = self._context(model.alias, config, opened.snapshot)
-            adapter = self._host(config, context) if config.children else cls.load(context)
+            adapter = self._settled(model, cls, opened)
             loaded = self._clock()
-            _warm(adapter, config.tasks)
-            learner = self._learner(config, adapter)
-            self.memory.settle(model.alias, 0 if config.children else adapter.size_bytes, loaded - started)
-        except BaseException:
-            if adapter is not None:
+            try:
+                _warm(adapter, config.tasks)
+                learner = self._learner(config, adapter)
+            except BaseException:
                 adapter.close()
-            self.memory.forget(model.alias)
+                self.memory.forget(model.alias)
+                raise
+        except BaseException:
             opened.release()
             raise
         if model.loads:
@@ -313,6 +220,29 @@ class Registry:
         model.reason = adapter.note or missing
         model.fetch_ms = (fetched - started) * 1e3
         model.load_ms, model.warm_ms = (loaded - started) * 1e3, (self._clock() - loaded) * 1e3
+
+    def _settled(self, model: Model, cls: type[Adapter], opened: Opened) -> Adapter:
+        """The loaded adapter with a place in memory, held. A model larger than its files loads twice, once a worker."""
+        config, pinned = model.config, model.config.load == "pinned"
+        context = self._context(model.alias, config, opened.snapshot)
+        while True:
+            # Children live from a budget of their own: memory_config.process_pool.
+            size_bytes = 0 if config.children else model.size_bytes or opened.size_bytes
+            self.memory.enter(model.alias, size_bytes, pinned=pinned, reload_s=max(model.load_ms, 1.0) / 1e3)
+            began_s = self._clock()
+            adapter: Adapter | None = None
+            try:
+                adapter = self._host(config, context) if config.children else cls.load(context)
+                model.size_bytes = 0 if config.children else adapter.size_bytes
+                if self.memory.settle(model.alias, model.size_bytes, self._clock() - began_s):
+                    return adapter
+            except BaseException:
+                if adapter is not None:
+                    adapter.close()
+                self.memory.forget(model.alias)
+                raise
+            adapter.close()
+            self.memory.forget(model.alias)
 
     def _context(self, alias: str, config: ModelConfig, snapshot: Snapshot) -> LoadContext:
         return LoadContext(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import threading
@@ -17,7 +18,7 @@ COMMIT = "d" * 40
 class FakeHub(ThreadingHTTPServer):
     """``files``: the repository's; ``fetched``: names of those that were downloaded.
 
-    A download of one of ``stalls`` stops in the middle, until ``go_on`` is set.
+    A download of one of ``stalls`` stops in the middle until ``go_on`` is set, for at most ``hold_s``.
     """
 
     daemon_threads = True
@@ -30,6 +31,7 @@ class FakeHub(ThreadingHTTPServer):
         self.stalls: set[str] = set()
         self.stalled = threading.Event()
         self.go_on = threading.Event()
+        self.hold_s = 60.0
 
     @property
     def url(self) -> str:
@@ -64,16 +66,19 @@ class _Handler(BaseHTTPRequestHandler):
         if self.command == "GET" and name in self.server.stalls:
             self._send_half(data)
             return
-        self._send(data, {"ETag": f'"{_oid(data)}"', "X-Repo-Commit": COMMIT})
+        self._send(data, _headers(data))
 
     def _send_half(self, data: bytes) -> None:
         self.send_response(200)
-        self.send_header("Content-Length", str(len(data)))
+        for header, value in _headers(data).items():
+            self.send_header(header, value)
         self.end_headers()
         self.wfile.write(data[: len(data) // 2])
         self.wfile.flush()
         self.server.stalled.set()
-        self.server.go_on.wait(60)
+        self.server.go_on.wait(self.server.hold_s)
+        with contextlib.suppress(OSError):  # who asked has been killed
+            self.wfile.write(data[len(data) // 2 :])
 
     def _send(self, data: bytes, headers: Mapping[str, str]) -> None:
         self.send_response(200)
@@ -85,6 +90,10 @@ class _Handler(BaseHTTPRequestHandler):
 
     def log_message(self, format: str, *args: object) -> None:  # noqa: A002
         """Silent: the tests read ``fetched``."""
+
+
+def _headers(data: bytes) -> dict[str, str]:
+    return {"Content-Length": str(len(data)), "ETag": f'"{_oid(data)}"', "X-Repo-Commit": COMMIT}
 
 
 def _oid(data: bytes) -> str:

@@ -29,6 +29,7 @@ __all__ = [
     "loading",
     "release",
     "size_of",
+    "token_bytes_of",
     "window_of",
 ]
 
@@ -72,6 +73,15 @@ def size_of(models: Iterable[torch.nn.Module]) -> int:
     """Bytes of all parameters and buffers, shared ones counted once, released ones not at all."""
     tensors = [tensor for model in models for tensor in (*model.parameters(), *model.buffers())]
     return sum({t.data_ptr(): t.untyped_storage().nbytes() for t in tensors if not t.is_meta}.values())
+
+
+def token_bytes_of(config: Any, window: int | None) -> int:
+    """Working memory of a forward pass per padded token, from above: a layer's activations in float32 and, where
+    attention keeps its scores, a row of them for each head."""
+    hidden = int(getattr(config, "hidden_size", 0) or 0)
+    inner = int(getattr(config, "intermediate_size", None) or getattr(config, "hidden_dim", None) or 4 * hidden)
+    heads = int(getattr(config, "num_attention_heads", 0) or 0)
+    return 4 * (8 * hidden + 2 * inner + heads * (window or 0))
 
 
 def release(models: Iterable[torch.nn.Module]) -> None:

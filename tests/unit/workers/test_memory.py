@@ -97,13 +97,21 @@ def test_a_model_that_is_larger_than_its_files_makes_room_by_itself() -> None:
     bench = Bench(100)
     bench.enter("old", 50)
     bench.memory.enter("grows", 40, pinned=False, reload_s=1.0)
-    bench.memory.settle("grows", 60, 1.0)
+    assert bench.memory.settle("grows", 60, 1.0)
     assert bench.gone == ["old"]
     bench.memory.forget("grows")
     assert bench.memory.used_bytes == 0
     bench.memory.enter("unknown", 0, pinned=False, reload_s=1.0)
     with pytest.raises(ModelUnavailable, match="'unknown' needs"):
         bench.memory.settle("unknown", 101, 1.0)
+
+
+def test_a_model_that_is_larger_than_its_files_does_not_throw_out_one_in_use() -> None:
+    bench = Bench(100)
+    bench.enter("used", 50, held=True)
+    bench.memory.enter("grows", 50, pinned=False, reload_s=1.0)
+    assert not bench.memory.settle("grows", 60, 1.0), "it has to come again"
+    assert bench.gone == []
 
 
 def test_idle_models_go_after_their_time_to_live() -> None:
