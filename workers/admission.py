@@ -92,7 +92,7 @@ class Admission:
     def take(self) -> Batch[Slot] | None:
         """The next batch; None when nothing is in line."""
         with self._line_lock:
-            return self._line.take(self._budget)
+            return self._line.take(self._budget, self._brief_budget)
 
     def clear(self) -> list[Job]:
         """Everyone who is not in line yet, taken out: for a stop."""
@@ -104,6 +104,9 @@ class Admission:
 
     def _budget(self, alias: str) -> Budget:
         return self._registry.model(alias).budget
+
+    def _brief_budget(self, alias: str) -> Budget:
+        return self._registry.model(alias).brief_budget
 
     # ------------------------------------------------------------------------------- admission
 
@@ -123,20 +126,22 @@ class Admission:
         if unwanted:
             self._events.dropped(unwanted)
         groups: dict[Group, list[Job]] = defaultdict(list)
-        for job in jobs:
-            if job in unwanted:
-                continue
-            model = self._registry.model(job.model)
-            if job.open_items == 0 or job.failure is not None:
-                self._finish(job)
-            elif job.group in groups or self._registry.hold(model):
-                groups[job.group].append(job)
-            else:
-                self._park(model, job)
-        for group, members in groups.items():
-            try:
+        try:
+            for job in jobs:
+                if job in unwanted:
+                    continue
+                model = self._registry.model(job.model)
+                if job.open_items == 0 or job.failure is not None:
+                    self._finish(job)
+                elif job.group in groups or self._registry.hold(model):
+                    groups[job.group].append(job)
+                else:
+                    self._park(model, job)
+            for group, members in groups.items():
                 self._prepare(group, members)
-            finally:
+        finally:
+            # From here on each item in line holds the model by itself.
+            for group in groups:
                 self._registry.release(group.model)
 
     def _finish(self, job: Job) -> None:

@@ -51,9 +51,16 @@ class Model:
     @property
     def budget(self) -> Budget:
         """What the next forward pass may hold."""
-        batching = self.config.batching
-        tokens = self.learner.next_tokens() if self.learner else batching.max_padded_tokens
+        # Read once: another thread may let the model go.
+        batching, learner = self.config.batching, self.learner
+        tokens = learner.next_tokens() if learner else batching.max_padded_tokens
         return Budget(batching.max_items, min(tokens, self.buffer_tokens or tokens))
+
+    @property
+    def brief_budget(self) -> Budget:
+        """What a bulk pass may hold while interactive ones come."""
+        budget, learner = self.budget, self.learner
+        return budget._replace(max_padded_tokens=learner.brief_tokens) if learner else budget
 
     @property
     def loaded(self) -> Adapter:
@@ -63,24 +70,26 @@ class Model:
         return self.adapter
 
     def card(self) -> ModelCard:
+        # Read once: another thread may let the model go.
+        adapter, learner, opened = self.adapter, self.learner, self.opened
         return ModelCard(
             alias=self.alias,
             queue=self.config.queue,
             state=self.state,
             revision=self.revision,
             adapter=self.config.adapter,
-            backend=(self.adapter and self.adapter.engine) or self.config.backend,
-            precision=(self.adapter and self.adapter.precision) or self.config.precision,
-            engine=_engine(self.adapter),
+            backend=(adapter and adapter.engine) or self.config.backend,
+            precision=(adapter and adapter.precision) or self.config.precision,
+            engine=_engine(adapter),
             reason=self.reason,
-            size_bytes=self.adapter.size_bytes if self.adapter else 0,
+            size_bytes=adapter.size_bytes if adapter else 0,
             load_ms=round(self.load_ms, 1),
             warm_ms=round(self.warm_ms, 1),
             jobs=self.jobs,
             items=self.items,
             batches=self.batches,
-            budget_tokens=self.learner.best_tokens if self.learner else self.budget.max_padded_tokens,
-            tier=(self.opened and self.opened.tier) or "",
+            budget_tokens=learner.best_tokens if learner else self.budget.max_padded_tokens,
+            tier=(opened and opened.tier) or "",
             fetch_ms=round(self.fetch_ms, 1),
             loads=self.loads,
         )
