@@ -19,6 +19,7 @@ import hashlib
 import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Final
 
@@ -198,18 +199,27 @@ class L2:
 
     def _chunks(self, digest: str, total_bytes: int) -> Iterator[bytes]:
         count = -(-total_bytes // self._chunk_bytes)
-        for first in range(0, count, _WINDOW):
-            numbers = range(first, min(first + _WINDOW, count))
-            # A pipeline and not MGET: Redis answers each by itself, others in between.
-            with self._client.pipeline(transaction=False) as pipe:
-                for number in numbers:
-                    pipe.get(_chunk(digest, number))
-                found = pipe.execute()
-            for number, data in zip(numbers, found, strict=True):
-                expected = min(self._chunk_bytes, total_bytes - number * self._chunk_bytes)
-                if data is None or len(data) != expected:
-                    raise Corrupt(f"chunk {number} of {count} is {'absent' if data is None else 'torn'}")
-                yield data
+        windows = [range(first, min(first + _WINDOW, count)) for first in range(0, count, _WINDOW)]
+        # One window is on its way while the one before is checked and written.
+        with ThreadPoolExecutor(1, "l2-ahead") as ahead:
+            coming = ahead.submit(self._window, digest, windows[0]) if windows else None
+            for at, numbers in enumerate(windows):
+                assert coming is not None, "each window but the last has asked for the next"
+                found = coming.result()
+                coming = ahead.submit(self._window, digest, windows[at + 1]) if at + 1 < len(windows) else None
+                for number, data in zip(numbers, found, strict=True):
+                    expected = min(self._chunk_bytes, total_bytes - number * self._chunk_bytes)
+                    if data is None or len(data) != expected:
+                        raise Corrupt(f"chunk {number} of {count} is {'absent' if data is None else 'torn'}")
+                    yield data
+
+    def _window(self, digest: str, numbers: range) -> list[bytes | None]:
+        # A pipeline and not MGET: Redis answers each by itself, others in between.
+        with self._client.pipeline(transaction=False) as pipe:
+            for number in numbers:
+                pipe.get(_chunk(digest, number))
+            found: list[bytes | None] = pipe.execute()
+        return found
 
     # ------------------------------------------------------------------------------------------ writing
 
