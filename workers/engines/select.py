@@ -23,7 +23,7 @@ from workers.engines import gate
 from workers.engines.base import Engine
 from workers.engines.cache_store import CacheStore
 from workers.engines.export import to_onnx
-from workers.engines.int8 import QUANTISER_VERSION, quantised
+from workers.engines.int8 import QUANTISER_VERSION, exact_levels, quantised
 from workers.engines.texts import TEXTS_VERSION, calibration_texts, held_out_texts, timing_texts
 from workers.engines.torch import TorchEngine
 
@@ -185,7 +185,9 @@ class _Builder:
         transformer = subject.transformer
         if precision == "int8":
             watched = TorchEngine(transformer, subject.output, "fp32", lean=False)
-            transformer = quantised(transformer, lambda: subject.embed(watched, calibration_texts()))
+            transformer = quantised(
+                transformer, lambda: subject.embed(watched, calibration_texts()), exact_levels(_cpu_model().split())
+            )
         with tempfile.TemporaryDirectory(dir=directory.parent, prefix=".partial-") as temporary:
             file = Path(temporary) / "model.onnx"
             to_onnx(transformer, subject.output, subject.example, subject.constants, file)
