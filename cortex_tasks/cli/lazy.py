@@ -34,7 +34,8 @@ class LazyGroup(click.Group):
             command: click.Command = getattr(importlib.import_module(module), attribute)
         except ModuleNotFoundError as error:
             raise ConfigError(
-                f"`{ctx.command_path} {cmd_name}` needs {error.name!r}, which is not installed here; run it on a worker's host"
+                f"`{ctx.command_path} {cmd_name}` needs {error.name!r}, which is not installed here; "
+                "run it on a worker's host"
             ) from error
         return command
 
