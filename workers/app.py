@@ -235,7 +235,7 @@ def _configure_worker(
         trace.setup_worker_optimizations(instance.app, instance.hostname)
     wiring.node = instance.hostname
     if wiring.settings.pool == "cortex":
-        conf.worker_concurrency = prefetch_jobs(wiring.fleet, queues)
+        conf.worker_concurrency = prefetch_jobs(wiring.fleet, queues, device())
         instance.app.events.dispatcher_cls = _DISPATCHER
     if wiring.settings.transport == "cortex":
         conf.broker_transport = register_transport()
@@ -260,9 +260,12 @@ def _queue_names(given: Any) -> tuple[str, ...]:
     return tuple(name.strip() for name in given or () if name.strip())
 
 
-def prefetch_jobs(fleet: FleetConfig, queues: Sequence[str]) -> int:
-    """Jobs a worker holds at once: twice its largest batch, so that the next one is ready when one ends."""
-    largest = [model.batching.max_items for model in fleet.models.values() if model.queue in queues]
+def prefetch_jobs(fleet: FleetConfig, queues: Sequence[str], on: str) -> int:
+    """Jobs a worker holds at once: twice its largest batch, so that the next one is ready when one ends.
+
+    ``on``: its device.
+    """
+    largest = [model.batching.on(on).max_items for model in fleet.models.values() if model.queue in queues]
     return 2 * max(largest, default=1)
 
 
