@@ -26,7 +26,7 @@ from workers.celery_hooks.transport import register_transport
 from workers.dead_letters import DeadLetters
 from workers.health import Health
 from workers.registry import Registry
-from workers.resources import calm_openmp, device, threads_for
+from workers.resources import calm_openmp, device, keep_memory, spare_garbage, threads_for
 from workers.runner import Runner
 from workers.runtime import Job, answer, run_alone
 from workers.tasks import register_tasks, to_job
@@ -43,6 +43,7 @@ _BACKEND: Final = "workers.celery_hooks.backend:BatchedRedisBackend"
 
 
 calm_openmp()
+keep_memory()
 
 
 class Wiring:
@@ -116,6 +117,7 @@ class Wiring:
         pinned = [alias for alias, model in registry.models.items() if model.config.load == "pinned"]
         with ThreadPoolExecutor(max_workers=max(1, len(pinned)), thread_name_prefix="load") as executor:
             list(executor.map(self._load_pinned, pinned))
+        spare_garbage()
         for runner in self._all_runners():
             runner.start()
         if self.settings.transport == "cortex":
