@@ -6,6 +6,7 @@ of the model's budget, with the threads that a worker would take.
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Iterator, Sequence
 from functools import cache
@@ -24,11 +25,12 @@ from workers.store.sources import Snapshot, resolve
 _ALIAS: Final = "minilm"
 _TASK: Final = "embed"
 _PARAMS: Final = EmbedParams()
+_KINDS: Final = {"short": texts.short, "varied": texts.varied}
 
 
 @cache
 def _config() -> ModelConfig:
-    return load_fleet(ROOT / "queues.yaml").models[_ALIAS]
+    return load_fleet(os.environ.get("CORTEX_QUEUES_FILE") or ROOT / "queues.yaml").models[_ALIAS]
 
 
 @cache
@@ -48,6 +50,7 @@ def _adapter() -> Adapter:
         threads=threads_for(None),
         device=device(),
         precision=config.precision,
+        backend=config.backend,
     )
     return adapter_class(config.adapter).load(context)
 
@@ -63,12 +66,12 @@ def hello() -> dict[str, Any]:
     """Load and warm both; says where the weights are."""
     _run(list(islice(texts.varied(-1), 40)))
     _encoder().encode(list(islice(texts.varied(-2), 8)))
-    return {"threads": threads_for(None), "snapshot": str(_snapshot().path)}
+    return {"threads": threads_for(None), "device": device(), "snapshot": str(_snapshot().path)}
 
 
-def rate(*, seed: int, count: int) -> dict[str, Any]:
+def rate(*, seed: int, count: int, kind: str = "varied") -> dict[str, Any]:
     """Texts a second over so many, and the median duration of a batch's forward pass."""
-    source = list(islice(texts.varied(seed), count))
+    source = list(islice(_KINDS[kind](seed), count))
     began_s = time.perf_counter()
     batches_ms = _run(source)
     return {"per_s": count / (time.perf_counter() - began_s), "batch_ms": percentile(batches_ms, 50)}
@@ -112,7 +115,7 @@ def _run(source: Sequence[str]) -> list[float]:
 
 def _batches(items: Sequence[Item]) -> Iterator[list[Item]]:
     """Items, shortest first, in batches of at most the model's items and padded tokens."""
-    budget = _config().batching
+    budget = _config().batching.on(device())
     batch: list[Item] = []
     for item in items:
         if batch and (len(batch) == budget.max_items or (len(batch) + 1) * item.cost_tokens > budget.max_padded_tokens):
