@@ -50,7 +50,7 @@ def keep_memory() -> bool:
 def spare_garbage() -> None:
     """Tell the garbage collector to leave alone what exists by now: modules and models, which stay.
 
-    It would walk over all of it again and again while jobs come and go: about a third of the worker's own time an item
+    It would walk over all of it again and again while jobs come and go, for a third of the worker's own time an item
     (docs/performance.md). What is counted by references alone is freed as ever.
     """
     gc.collect()

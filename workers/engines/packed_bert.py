@@ -43,8 +43,7 @@ def by_padding(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, wher
     items, longest = where.shape.items, where.shape.longest
     by_head = [_by_head(part, where) for part in (query, key, value)]
     reach = torch.arange(longest, device=query.device) < where.lengths[:, None]
-    # A text that does not exist looks at its first place: a softmax over nothing is not a number.
-    reach[:, 0] = True
+    # Texts that do not exist look at nothing, which makes no numbers, at places that nobody reads.
     context = scaled_dot_product_attention(by_head[0], by_head[1], by_head[2], attn_mask=reach[:, None, None, :])
     rows = context.transpose(1, 2).reshape(items * longest, *query.shape[1:])
     return rows[where.places.clamp(max=len(rows) - 1)]
