@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import MagicMock
 
 import numpy as np
 import pytest
@@ -169,6 +170,58 @@ def test_flash_attention_comes_first_where_it_runs(
     ways = cuda_ways(None, "mean", precision, "cuda", 256)
     assert ways[0].name.startswith(first)
     assert ways[-1].name == "padded attention"
+
+
+class FakeCuda:
+    """As much of torch.cuda as the engine calls, which writes down what it is asked for."""
+
+    def __init__(self) -> None:
+        self.said: list[str] = []
+
+    def of(self, name: str) -> Any:
+        def make(*_: Any, **__: Any) -> Any:
+            self.said.append(name)
+            return MagicMock(name=name)
+
+        return make
+
+
+@pytest.fixture
+def made(monkeypatch: pytest.MonkeyPatch) -> FakeCuda:
+    make = FakeCuda()
+    for name in ("Stream", "Event", "CUDAGraph", "graph_pool_handle", "stream", "graph", "device", "current_stream"):
+        monkeypatch.setattr(torch.cuda, name, make.of(name))
+    return make
+
+
+def test_each_shape_is_recorded_once_the_largest_first_and_replayed_on_its_own_input(made: FakeCuda) -> None:
+    queue, table = cuda.CudaQueue("cpu"), [Shape(32, 16), Shape(64, 16)]
+    run: list[Shape] = []
+
+    def passes(numbers: torch.Tensor, shape: Shape) -> torch.Tensor:
+        run.append(shape)
+        return numbers  # a graph's output is memory that its replay writes: here the input itself
+
+    replay = cuda.recorded(passes, table, queue)
+    assert run == [table[1]] * 2 + [table[0]] * 2
+    assert (made.said.count("CUDAGraph"), made.said.count("graph"), made.said.count("graph_pool_handle")) == (2, 2, 1)
+    with torch.inference_mode():
+        for shape in (*table, *table[::-1]):
+            numbers = torch.randint(0, 99, (shape.size,))
+            output = replay(numbers, shape)
+            assert torch.equal(output, numbers)
+            assert output is not numbers
+    assert len(run) == 4
+
+
+def test_a_copy_to_the_device_waits_for_its_readers_and_the_work_for_the_copy(made: FakeCuda) -> None:
+    queue = cuda.CudaQueue("cpu")
+    before, host, device = queue.mark(), torch.arange(4), torch.zeros(4, dtype=torch.int64)
+    made.said.clear()
+    queue.upload(host, device, before)
+    assert torch.equal(device, host)
+    # The side stream is entered, the copy marked on it, and the computing stream told to wait for the mark.
+    assert made.said == ["stream", "Event", "current_stream"]
 
 
 # ---------------------------------------------------------------------------------------- on a CUDA device
