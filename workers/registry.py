@@ -35,6 +35,11 @@ _FITS_SHARE: Final = 16
 _CALIBRATE_S: Final = 1.0
 
 
+def _on(config: ModelConfig, device: str) -> ModelConfig:
+    """A model's configuration with the batching limits of the device that computes it here."""
+    return config.model_copy(update={"batching": config.batching.on(device)})
+
+
 class Registry:
     """The models of one worker. ``load`` may be called from any thread; one load of a model runs at a time."""
 
@@ -51,7 +56,7 @@ class Registry:
         store: Store | None = None,
     ) -> None:
         """Without a ``store`` models are read where they lie, or from Hugging Face's own cache."""
-        self.models = {alias: Model(alias, fleet.models[alias]) for alias in aliases}
+        self.models = {alias: Model(alias, _on(fleet.models[alias], device)) for alias in aliases}
         children = sum(model.config.children for model in self.models.values())
         #: Each child's share of the memory that queues.yaml gives to child processes.
         self.store = store or Store(models_dir=models_dir)
@@ -87,7 +92,7 @@ class Registry:
         """Serve one more model, loaded when its first job comes."""
         self._locks[alias] = threading.Lock()
         # Replaced as a whole: other threads walk over it.
-        self.models = {**self.models, alias: Model(alias, config)}
+        self.models = {**self.models, alias: Model(alias, _on(config, self._device))}
 
     def may_load(self, model: Model) -> bool:
         """Whether a load should be tried now: not ready (or about to leave), and not failed a moment ago."""

@@ -23,8 +23,9 @@ __all__ = ["QUANTISER_VERSION", "exact_levels", "quantised"]
 
 #: Bump when the figures of a quantised model change: engines built by another version are built again.
 QUANTISER_VERSION: Final = "2"
-#: The share (0..1) of a channel's size that moves into the weights. Measured on MiniLM, see docs.
-_SMOOTHING: Final = 0.8
+#: The share (0..1) of a channel's size that moves into the weights, by the weights' levels: measured on MiniLM, see
+#: docs.
+_SMOOTHING: Final = {127: 0.8, 63: 0.7}
 _LEAST: Final = 1e-5
 
 _Range = tuple[torch.Tensor, torch.Tensor]
@@ -93,7 +94,8 @@ class _Int8Linear(nn.Module):
         super().__init__()
         weight = linear.weight.detach().float()
         size = torch.maximum(low.abs(), high.abs()).clamp_min(_LEAST)
-        factor = size**_SMOOTHING / weight.abs().amax(0).clamp_min(_LEAST) ** (1 - _SMOOTHING)
+        share = _SMOOTHING[levels]
+        factor = size**share / weight.abs().amax(0).clamp_min(_LEAST) ** (1 - share)
         factor = factor.clamp_min(_LEAST)
         bottom = min(float((low / factor).min()), 0.0)
         top = max(float((high / factor).max()), bottom + _LEAST, 0.0)

@@ -27,14 +27,14 @@ from workers.engines.int8 import QUANTISER_VERSION, exact_levels, quantised
 from workers.engines.texts import TEXTS_VERSION, calibration_texts, held_out_texts, timing_texts
 from workers.engines.torch import TorchEngine
 
-__all__ = ["Chosen", "Request", "Subject", "choose", "numeric_class"]
+__all__ = ["FP32_COSINE", "Chosen", "Request", "Subject", "choose", "numeric_class"]
 
 logger = logging.getLogger(__name__)
 
 #: Engines with a file of their own, each also the name of its extra.
 _BUILT: Final = {"openvino": "OpenVinoEngine", "onnx": "OnnxEngine"}
 #: What an fp32 engine must reach beside torch; a faulty export lies far below it.
-_FP32_COSINE: Final = 0.99999
+FP32_COSINE: Final = 0.99999
 _TIMED_ROUNDS: Final = 3
 
 
@@ -160,7 +160,7 @@ class _Builder:
         figures = gate.Figures.read(entry.facts)
         limits = {"mean_cosine": self.request.mean_cosine, "top10_overlap": self.request.top10_overlap}
         if precision == "fp32":
-            limits = {"mean_cosine": _FP32_COSINE, "top10_overlap": 0.0}
+            limits = {"mean_cosine": FP32_COSINE, "top10_overlap": 0.0}
         if why := gate.refusal(figures, **limits):
             raise _Refused(f"{name} {precision} is refused: {why}")
         return Chosen(kind(entry.path, precision, self.request.threads), str(figures))

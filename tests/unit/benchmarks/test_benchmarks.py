@@ -35,13 +35,14 @@ FIELDS = {
     "latency": ("idle_overhead_ms", "idle_p99_ms", "interactive_p99_under_bulk_ms", "bulk_batch_ms"),
     "memory": ("pss_copies_4", "warm_load_ratio", "cold_load_ms", "l2_load_ms", "l2_mb_per_s", "redis_mb_per_s"),
     "startup": ("import_ms", "load_ms", "warm_ms", "first_answer_ms"),
+    "gpu": ("raw_per_s", "map_per_s", "map_ratio", "workers", "clients"),
 }
 
 
-def run(name: str, *arguments: str) -> list[str]:
+def run(name: str, *arguments: str, **settings: str) -> list[str]:
     """The lines that a benchmark printed."""
     command = [sys.executable, "-m", f"benchmarks.{name}", "--seconds", "0.4", *arguments]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), **settings}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=280)
     assert done.returncode == 0, done.stderr[-3_000:]
     return done.stdout.splitlines()
@@ -96,3 +97,29 @@ def test_memory_with_its_card() -> None:
     figures = checked("memory", lines[-1])
     assert figures["pss_copies_4"] <= 1.2, "four processes hold one copy of the weights"
     assert any(line.startswith("copies of the weights") for line in lines)
+
+
+@pytest.mark.skipif(Path("/dev/nvidiactl").exists(), reason="a GPU is there")
+def test_without_a_gpu_nothing_is_measured_there() -> None:
+    card, line = run("gpu")
+    assert card == "Short sentences a second on a GPU: MiniLM: skipped, no CUDA device"
+    figures = json.loads(line)
+    assert (figures["benchmark"], figures["skipped"]) == ("gpu", "no CUDA device")
+
+
+@pytest.mark.fleet
+@pytest.mark.models
+def test_the_benchmark_for_gpus_on_a_cpu() -> None:
+    figures = checked("gpu", run("gpu", "--json-only", CORTEX_DEVICE="cpu")[-1])
+    assert figures["device"] == "cpu"
+    assert "gpu_busy_share" not in figures
+
+
+@pytest.mark.gpu
+@pytest.mark.fleet
+@pytest.mark.models
+@pytest.mark.skipif(not Path("/dev/nvidiactl").exists(), reason="no CUDA device")
+def test_the_benchmark_on_a_gpu() -> None:
+    figures = checked("gpu", run("gpu", "--json-only")[-1])
+    assert figures["engine"].startswith("cuda bf16")
+    assert 0 <= figures["gpu_busy_share"] <= 1
