@@ -164,6 +164,8 @@ class ModelConfig(Section):
     source: Source
     #: A pinned revision of the source (a commit, a digest); None takes what the source holds.
     revision: str | None = None
+    #: Other places of the same files, asked in order when the source fails.
+    mirrors: tuple[Source, ...] = ()
     adapter: AdapterName
     tasks: Annotated[tuple[TaskName, ...], Field(min_length=1)]
     backend: Literal["torch", "openvino", "onnx", "native", "auto"] = "torch"

@@ -12,7 +12,17 @@ from typing import Any, Final, Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-__all__ = ["PRESENCE_TTL_S", "SILENT_AFTER_S", "WORKERS_KEY", "ModelCard", "WorkerCard", "read_cards", "worker_key"]
+__all__ = [
+    "PRESENCE_TTL_S",
+    "SILENT_AFTER_S",
+    "WORKERS_KEY",
+    "ModelCard",
+    "StoreCard",
+    "TierCard",
+    "WorkerCard",
+    "read_cards",
+    "worker_key",
+]
 
 WORKERS_KEY: Final = "cortex:workers"
 PRESENCE_TTL_S: Final = 15
@@ -51,6 +61,40 @@ class ModelCard(_Card):
     batches: int = 0
     #: Padded tokens of a full batch: learned, or as configured.
     budget_tokens: int = 0
+    #: The tier its files came from: ``local``, ``disk``, ``l2`` or ``origin``; "" without files.
+    tier: str = ""
+    #: Getting hold of the files; part of ``load_ms``.
+    fetch_ms: float = 0.0
+    loads: int = 0
+
+
+class TierCard(_Card):
+    """What one tier of the model store did since the worker started."""
+
+    hits: int = 0
+    misses: int = 0
+    #: It was damaged, full, or did not answer.
+    faults: int = 0
+    #: What the hits read from it.
+    read_bytes: int = 0
+    #: Of a hit.
+    mean_ms: float = 0.0
+
+
+class StoreCard(_Card):
+    """The model store of one worker."""
+
+    #: Of the models loaded in the worker's own process, and what they may take together.
+    memory_bytes: int = 0
+    memory_limit_bytes: int = 0
+    #: Of the fits that are remembered.
+    fits_bytes: int = 0
+    #: Models thrown out of memory, and loads of a model that was in memory before.
+    evictions: int = 0
+    reloads: int = 0
+    disk_evictions: int = 0
+    #: By ``memory``, ``local``, ``disk``, ``l2``, ``origin``, ``fits``.
+    tiers: dict[str, TierCard] = {}
 
 
 class WorkerCard(_Card):
@@ -73,6 +117,7 @@ class WorkerCard(_Card):
     items_per_s: float = 0.0
     #: Jobs taken from each queue and not yet answered (kombu's "unacked", by queue).
     in_flight: dict[str, int] = {}
+    store: StoreCard = StoreCard()
 
     def is_silent(self, now_s: float) -> bool:
         """Whether the worker has stopped writing its card. ``now_s``: epoch seconds."""

@@ -118,3 +118,7 @@ class Settings(BaseModel):
     @property
     def broker(self) -> str:
         return self.broker_url.get_secret_value()
+
+    @property
+    def cache(self) -> str:
+        return (self.cache_url or self.broker_url).get_secret_value()

@@ -1,5 +1,7 @@
 """From a job's arrival to its items' places in line: dropped, failed, parked until its model is loaded, or prepared.
 
+Each place in line holds its model: it stays in memory until the item's batch has run.
+
 Two threads may admit (the runner between passes, its preparer while a pass runs) and one takes batches; locks keep
 them apart.
 """
@@ -124,18 +126,23 @@ class Admission:
         if unwanted:
             self._events.dropped(unwanted)
         groups: dict[Group, list[Job]] = defaultdict(list)
-        for job in jobs:
-            if job in unwanted:
-                continue
-            model = self._registry.model(job.model)
-            if job.open_items == 0 or job.failure is not None:
-                self._finish(job)
-            elif model.state == "ready":
-                groups[job.group].append(job)
-            else:
-                self._park(model, job)
-        for group, members in groups.items():
-            self._prepare(group, members)
+        try:
+            for job in jobs:
+                if job in unwanted:
+                    continue
+                model = self._registry.model(job.model)
+                if job.open_items == 0 or job.failure is not None:
+                    self._finish(job)
+                elif job.group in groups or self._registry.hold(model):
+                    groups[job.group].append(job)
+                else:
+                    self._park(model, job)
+            for group, members in groups.items():
+                self._prepare(group, members)
+        finally:
+            # From here on each item in line holds the model by itself.
+            for group in groups:
+                self._registry.release(group.model)
 
     def _finish(self, job: Job) -> None:
         self._registry.model(job.model).jobs += 1
@@ -161,7 +168,7 @@ class Admission:
         """On the loading thread: load, then let the parked jobs come in again, with the reason if it failed."""
         failure: CortexError | None = None
         try:
-            self._registry.load(alias)
+            self._registry.load(alias, hold=True)
         except CortexError as error:
             failure = error
         with self._lists:
@@ -169,6 +176,10 @@ class Admission:
             for job in jobs:
                 job.failure = failure
             self._incoming.extend(jobs)
+        if failure is None:
+            # They are in line before anybody may throw the model out again.
+            self.admit()
+            self._registry.release(alias)
         self._wake()
 
     # ------------------------------------------------------------------------------ preparation
@@ -203,6 +214,7 @@ class Admission:
     def _line_up(self, job: Job, prepared: list[tuple[int, Item | CortexError]]) -> None:
         refused = [(index, item) for index, item in prepared if isinstance(item, CortexError)]
         done = [job.settle(index, error) for index, error in refused]
+        self._registry.memory.hold_more(job.model, len(prepared) - len(refused))
         with self._line_lock:
             for index, item in prepared:
                 if not isinstance(item, CortexError):
@@ -213,8 +225,10 @@ class Admission:
 
     def _line_up_alone(self, job: Job) -> None:
         """A job that may have killed a worker: each item runs by itself, prepared only then."""
+        good = job.good_inputs()
+        self._registry.memory.hold_more(job.model, len(good))
         with self._line_lock:
-            for index, _ in job.good_inputs():
+            for index, _ in good:
                 slot = Slot(job, index, None)
                 self._line.add(Waiting(slot, job.group, 1, job.lane, job.deadline_s, alone=True))
 

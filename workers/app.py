@@ -29,6 +29,7 @@ from workers.registry import Registry
 from workers.resources import calm_openmp, device, keep_memory, spare_garbage, threads_for
 from workers.runner import Runner
 from workers.runtime import Job, answer, run_alone
+from workers.store.build import open_store
 from workers.tasks import register_tasks, to_job
 
 __all__ = ["Wiring", "app", "build"]
@@ -93,6 +94,7 @@ class Wiring:
                     device=device(),
                     models_dir=self.settings.models_dir,
                     cache_dir=self.settings.cache_dir,
+                    store=open_store(self.fleet, self.settings, self.fleet.images.get(self.image)),
                     clock=time.monotonic,
                 )
             return self._registry
@@ -177,11 +179,11 @@ class Wiring:
         headers = {name: task.request.get(name) for name in (HEADER, "delivery_info")}
         try:
             job = to_job(task.request.id or "", task.name, args, kwargs, self.fleet, headers)
-            model = self.registry.load(job.model)
+            with self.registry.using(job.model) as model:
+                run_alone(job, model.loaded)
+                return answer(job, model.revision)
         except CortexError as error:
             return error
-        run_alone(job, model.loaded)
-        return answer(job, model.revision)
 
 
 def image_of(fleet: FleetConfig, queues: Sequence[str]) -> str:

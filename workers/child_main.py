@@ -100,12 +100,28 @@ def serve(channel: Channel) -> None:
             return
         try:
             channel.send({"ready": _facts(adapter, first["context"]["tasks"])})
+            adapter.memo = _WorkersMemo(channel)
             while True:
                 channel.send({"outcomes": _reply(adapter, channel.receive())})
         finally:
             adapter.close()
     except EOFError:
         return  # the worker is done with this child
+
+
+class _WorkersMemo:
+    """What the worker keeps for its children: they have no connection of their own."""
+
+    def __init__(self, channel: Channel) -> None:
+        self._channel = channel
+
+    def recall(self, key: str) -> bytes | None:
+        self._channel.send({"recall": key})
+        value: bytes | None = self._channel.receive()["recalled"]
+        return value
+
+    def keep(self, key: str, value: bytes) -> None:
+        self._channel.send({"keep": key, "value": value})
 
 
 def _facts(adapter: Adapter, tasks: Sequence[str]) -> dict[str, Any]:

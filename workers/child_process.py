@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 import shutil
@@ -16,7 +17,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from cortex_tasks.errors import ConfigError, InferenceFailed, ModelUnavailable, error_from_wire
-from workers.adapters.base import LoadContext
+from workers.adapters.base import LoadContext, Memo
 from workers.child_protocol import Channel, context_to_wire, outcome_from_wire
 
 __all__ = ["Child", "end"]
@@ -121,8 +122,8 @@ class Child:
         except (EOFError, TimeoutError):
             return
 
-    def take(self) -> list[Any]:
-        """The outcomes of what was asked; [] for the start.
+    def take(self, memo: Memo | None = None) -> list[Any] | None:
+        """The outcomes of what was asked; [] for the start; None when it only asked for something kept in ``memo``.
 
         Raises InferenceFailed when the process died or took too long (it is killed then), and what the start
         failed with.
@@ -134,6 +135,9 @@ class Child:
             self.kill()
             failure = InferenceFailed if self.facts is not None else ModelUnavailable
             raise failure(self._epitaph()) from None
+        if "recall" in message or "keep" in message:
+            self._remember(message, memo)
+            return None
         self.deadline_s = math.inf
         if "error" in message:
             self.kill()
@@ -143,6 +147,16 @@ class Child:
             self.ready_bytes = self.memory_bytes
             return []
         return [outcome_from_wire(wire) for wire in message["outcomes"]]
+
+    def _remember(self, message: dict[str, Any], memo: Memo | None) -> None:
+        if "keep" in message:
+            if memo is not None:
+                memo.keep(message["keep"], message["value"])
+            return
+        value = memo.recall(message["recall"]) if memo is not None else None
+        # A child that is gone meanwhile shows in the next ``take``.
+        with contextlib.suppress(EOFError, TimeoutError):
+            self._channel.send({"recalled": value}, max(self.deadline_s - time.monotonic(), _READ_S))
 
     def _epitaph(self) -> str:
         if self.overdue:

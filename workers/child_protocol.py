@@ -6,7 +6,9 @@ runs no code.
 
 The worker speaks first and tells the child what to load; the child answers ``{"ready": facts}`` or
 ``{"error": wire error}``. Each further request ``{"task", "params", "inputs"}`` is answered with
-``{"outcomes": [...]}``, one ``{"value": ...}`` or ``{"error": wire error}`` an input. When the worker shuts its
+``{"outcomes": [...]}``, one ``{"value": ...}`` or ``{"error": wire error}`` an input. Before it answers, a child may
+say ``{"recall": key}``, which the worker answers with ``{"recalled": bytes or null}``, and ``{"keep": key, "value":
+bytes}``, which it does not answer. When the worker shuts its
 side down the child finishes what it does and leaves.
 """
 

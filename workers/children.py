@@ -264,7 +264,7 @@ class ChildHost(Adapter):
         """Take what a child owes. Returns why there is one child less, if so."""
         share = batch.held.pop(child, None)
         try:
-            outcomes = child.take()
+            outcomes = child.take(self.memo)
         except CortexError as error:
             self._drop(child)
             if share is None:
@@ -277,7 +277,9 @@ class ChildHost(Adapter):
             else:
                 batch.lost(share, error, child.overdue)
             return failure
-        if share is not None:
+        if outcomes is None and share is not None:
+            batch.held[child] = share
+        elif outcomes is not None and share is not None:
             batch.settle(share, outcomes)
         return None
 

@@ -10,6 +10,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Any, Final, Literal
 
+from cortex_tasks.codec import PRIORITY_STEPS, queue_key
 from cortex_tasks.presence import PRESENCE_TTL_S, WORKERS_KEY, WorkerCard, worker_key
 from workers.registry import Registry
 from workers.runner import Runner
@@ -78,6 +79,7 @@ class Health(threading.Thread):
     def run(self) -> None:
         while not self._ended:
             self.check_progress(time.monotonic())
+            self._registry.memory.let_idle_go()
             try:
                 self.publish()
             except Exception as error:
@@ -121,6 +123,11 @@ class Health(threading.Thread):
             errors=self.errors,
             items_per_s=round(self._rate.update(time.monotonic(), items), 2),
             in_flight=self._in_flight(),
+            store=self._registry.store.counters.card(
+                memory_bytes=self._registry.memory.used_bytes,
+                memory_limit_bytes=self._registry.memory.budget_bytes,
+                fits_bytes=self._registry.fits.used_bytes,
+            ),
         )
 
     def publish(self) -> None:
@@ -131,7 +138,14 @@ class Health(threading.Thread):
             pipe.set(worker_key(card.node), card.model_dump_json(), ex=PRESENCE_TTL_S)
             pipe.zadd(WORKERS_KEY, {card.node: card.seen_at})
             pipe.zremrangebyscore(WORKERS_KEY, 0, card.seen_at - 10 * PRESENCE_TTL_S)
-            pipe.execute()
+            for queue in card.queues:
+                for step in PRIORITY_STEPS:
+                    pipe.llen(queue_key(queue, step))
+            _, _, _, *lengths = pipe.execute()
+        steps = len(PRIORITY_STEPS)
+        self._registry.note_depths(
+            {queue: sum(lengths[at * steps : (at + 1) * steps]) for at, queue in enumerate(card.queues)}
+        )
 
     def check_progress(self, now_s: float) -> None:
         """End the process when a forward pass takes longer than the model's time limit.

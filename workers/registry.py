@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import logging
 import threading
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Final, Literal
+from typing import Final
 
 from cortex_tasks.config import FleetConfig, ModelConfig
 from cortex_tasks.errors import CortexError, ModelUnavailable, UnknownModel
-from cortex_tasks.presence import ModelCard
 from workers.adapters import Adapter, LoadContext, adapter_class
-from workers.batching import Budget
 from workers.budget import BudgetLearner
-from workers.store.sources import Snapshot, resolve
+from workers.memory import Memory
+from workers.model import Model, revision_of
+from workers.store.build import shares
+from workers.store.fits import Fits
+from workers.store.sources import Snapshot
+from workers.store.tiers import Opened, Store
 
 __all__ = ["RETRY_LOAD_S", "Model", "Registry", "revision_of"]
 
@@ -27,88 +28,16 @@ logger = logging.getLogger(__name__)
 RETRY_LOAD_S: Final = 30.0
 RETRY_TRANSIENT_S: Final = 1.0
 
+#: The part of the models' memory that remembered fits may take.
+_FITS_SHARE: Final = 16
+
 #: Time that a load may spend on measuring budgets.
 _CALIBRATE_S: Final = 1.0
-
-State = Literal["idle", "loading", "ready", "unavailable"]
-
-
-@dataclass(slots=True)
-class Model:
-    """One alias in this worker. Counters are written by the model's runner thread only."""
-
-    alias: str
-    config: ModelConfig
-    state: State = "idle"
-    adapter: Adapter | None = None
-    revision: str = ""
-    reason: str = ""
-    error: CortexError | None = None
-    failed_at_s: float = 0.0
-    load_ms: float = 0.0
-    warm_ms: float = 0.0
-    jobs: int = 0
-    items: int = 0
-    batches: int = 0
-    #: Learns the best budget, where that is asked for and means something.
-    learner: BudgetLearner | None = None
-
-    @property
-    def budget(self) -> Budget:
-        """What the next forward pass may hold."""
-        batching = self.config.batching
-        tokens = self.learner.next_tokens() if self.learner else batching.max_padded_tokens
-        return Budget(batching.max_items, tokens)
-
-    @property
-    def brief_budget(self) -> Budget:
-        """What a bulk pass may hold while interactive ones come."""
-        return self.budget._replace(max_padded_tokens=self.learner.brief_tokens) if self.learner else self.budget
-
-    @property
-    def loaded(self) -> Adapter:
-        """The adapter of a ready model. Raises ModelUnavailable otherwise."""
-        if self.adapter is None:
-            raise self.error or ModelUnavailable(f"model {self.alias!r} is not loaded")
-        return self.adapter
-
-    def card(self) -> ModelCard:
-        return ModelCard(
-            alias=self.alias,
-            queue=self.config.queue,
-            state=self.state,
-            revision=self.revision,
-            adapter=self.config.adapter,
-            backend=(self.adapter and self.adapter.engine) or self.config.backend,
-            precision=(self.adapter and self.adapter.precision) or self.config.precision,
-            engine=_engine(self.adapter),
-            reason=self.reason,
-            size_bytes=self.adapter.size_bytes if self.adapter else 0,
-            load_ms=round(self.load_ms, 1),
-            warm_ms=round(self.warm_ms, 1),
-            jobs=self.jobs,
-            items=self.items,
-            batches=self.batches,
-            budget_tokens=self.learner.best_tokens if self.learner else self.config.batching.max_padded_tokens,
-        )
-
-
-def revision_of(config: ModelConfig, adapter: Adapter, digest: str) -> str:
-    """The digest (32 hex digits) of all that decides an answer: weights, tokenizer and configuration (the
-    snapshot's digest), adapter and its version, library, the engine and the numeric class that really run, options."""
-    running = [adapter.engine or config.backend, adapter.precision or config.precision]
-    parts = [digest, config.adapter, adapter.version, adapter.library, *running]
-    text = json.dumps([*parts, config.options], sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()[:32]
 
 
 def _on(config: ModelConfig, device: str) -> ModelConfig:
     """A model's configuration with the batching limits of the device that computes it here."""
     return config.model_copy(update={"batching": config.batching.on(device)})
-
-
-def _engine(adapter: Adapter | None) -> str:
-    return " ".join(filter(None, (adapter.engine, adapter.precision, adapter.figures))) if adapter else ""
 
 
 class Registry:
@@ -124,15 +53,25 @@ class Registry:
         models_dir: Path | None,
         clock: Callable[[], float],
         cache_dir: Path | None = None,
+        store: Store | None = None,
     ) -> None:
+        """Without a ``store`` models are read where they lie, or from Hugging Face's own cache."""
         self.models = {alias: Model(alias, _on(fleet.models[alias], device)) for alias in aliases}
         children = sum(model.config.children for model in self.models.values())
         #: Each child's share of the memory that queues.yaml gives to child processes.
+        self.store = store or Store(models_dir=models_dir)
+        self.fits = Fits(self.store.l2, fleet.memory_config.model_cache // _FITS_SHARE, self.store.counters)
         self._child_bytes = fleet.memory_config.process_pool // max(children, 1)
         self._buffer_bytes = fleet.memory_config.inference_buffer
         self._threads = threads
         self._device = device
-        self._models_dir = models_dir
+        l1 = fleet.model_storage.l1_memory
+        self.memory = Memory(
+            min(l1.size, fleet.memory_config.model_cache) * (_FITS_SHARE - 1) // _FITS_SHARE,
+            l1.ttl_s,
+            self._let_go,
+            clock,
+        )
         self._cache_dir = cache_dir
         self._cache_store = fleet.storage_config.cache_store
         self._clock = clock
@@ -156,18 +95,75 @@ class Registry:
         self.models = {**self.models, alias: Model(alias, _on(config, self._device))}
 
     def may_load(self, model: Model) -> bool:
-        """Whether a load should be tried now: not ready, and not failed a moment ago."""
-        if model.state == "ready" or model.error is None:
-            return model.state != "ready"
+        """Whether a load should be tried now: not ready (or about to leave), and not failed a moment ago."""
+        if model.state == "ready" and self.memory.stays(model.alias):
+            return False
+        if model.error is None:
+            return True
         wait_s = RETRY_TRANSIENT_S if model.error.details.get("transient") else RETRY_LOAD_S
         return self._clock() - model.failed_at_s >= wait_s
 
-    def load(self, alias: str) -> Model:
-        """Load and warm a model unless it is ready. Raises ModelUnavailable; the reason stays on the model."""
+    # ------------------------------------------------------------------------------ in memory or not
+
+    def hold(self, model: Model) -> bool:
+        """Use a ready model until ``release``; False when it is not ready, or about to leave the memory."""
+        if model.state == "ready" and self.memory.hold(model.alias):
+            self.store.counters.hit("memory")
+            return True
+        self.store.counters.miss("memory")
+        return False
+
+    def release(self, alias: str, count: int = 1) -> None:
+        self.memory.release(alias, count)
+
+    @contextmanager
+    def using(self, alias: str) -> Iterator[Model]:
+        """A model that is loaded, if need be, and stays so within. Raises ModelUnavailable."""
+        model = self.load(alias, hold=True)
+        try:
+            yield model
+        finally:
+            self.release(alias)
+
+    def note_depths(self, jobs_by_queue: Mapping[str, int]) -> None:
+        """What waits in the queues: the models of a queue share its jobs as they shared those before."""
+        waiting: dict[str, float] = {}
+        for queue, jobs in jobs_by_queue.items():
+            members = [model for model in self.models.values() if model.config.queue == queue]
+            total = sum(model.jobs + 1 for model in members)
+            waiting |= {model.alias: jobs * (model.jobs + 1) / total for model in members if jobs}
+        self.memory.note_waiting(waiting)
+
+    def _let_go(self, alias: str) -> None:
+        """Close a model that nobody uses; a job for it loads it again."""
+        model = self.models[alias]
+        if model.state == "ready":
+            model.state = "idle"
+        adapter, model.adapter, model.learner = model.adapter, None, None
+        self.store.counters.evicted()
+        logger.info("model %s leaves the memory", alias)
+        try:
+            if adapter is not None:
+                adapter.close()
+        except Exception:
+            logger.exception("model %s could not be closed", alias)
+        finally:
+            if model.opened is not None:
+                model.opened.release()
+
+    def load(self, alias: str, *, hold: bool = False) -> Model:
+        """Load and warm a model unless it is ready; with ``hold`` it is in use until ``release``.
+
+        Raises ModelUnavailable; the reason stays on the model.
+        """
         model = self.model(alias)
         with self._locks[alias]:
-            if model.state == "ready":
+            if model.state == "ready" and self.memory.hold(alias):
+                if not hold:
+                    self.release(alias)
                 return model
+            # It may have been asked to leave; what is being used is used to the end.
+            self.memory.wait_gone(alias)
             model.state = "loading"
             try:
                 self._load(model)
@@ -180,7 +176,10 @@ class Registry:
                 logger.warning("model %s is unavailable: %s", alias, model.reason)
                 raise model.error from error
             model.error = None
+            model.loads += 1
             model.state = "ready"
+            if not hold:
+                self.release(alias)
             logger.info("model %s@%s loaded in %.0f ms, warm in %.0f ms", alias, model.revision[:12],
                         model.load_ms, model.warm_ms)  # fmt: skip
             return model
@@ -193,14 +192,66 @@ class Registry:
                 except Exception:
                     # The others hold memory and child processes as well.
                     logger.exception("model %s could not be closed", model.alias)
+            if model.opened is not None:
+                model.opened.release()
 
     def _load(self, model: Model) -> None:
+        """Afterwards the model is held once."""
         config = model.config
         started = self._clock()
         cls = adapter_class(config.adapter)
-        snapshot, missing = self._snapshot(config, optional=cls.weights_optional)
-        context = LoadContext(
-            alias=model.alias,
+        opened, missing = self._open(config, optional=cls.weights_optional)
+        fetched = self._clock()
+        try:
+            adapter = self._settled(model, cls, opened)
+            loaded = self._clock()
+            try:
+                _warm(adapter, config.tasks)
+                learner = self._learner(config, adapter)
+            except BaseException:
+                adapter.close()
+                self.memory.forget(model.alias)
+                raise
+        except BaseException:
+            opened.release()
+            raise
+        if model.loads:
+            self.store.counters.reloaded()
+        # Only now: a warm-up that recalls its answer would warm nothing.
+        adapter.memo = self.fits
+        model.adapter, model.opened, model.learner = adapter, opened, learner
+        model.buffer_tokens = self._buffer_tokens(adapter)
+        model.revision = revision_of(config, adapter, opened.snapshot.digest)
+        model.reason = adapter.note or missing
+        model.fetch_ms = (fetched - started) * 1e3
+        model.load_ms, model.warm_ms = (loaded - started) * 1e3, (self._clock() - loaded) * 1e3
+
+    def _settled(self, model: Model, cls: type[Adapter], opened: Opened) -> Adapter:
+        """The loaded adapter with a place in memory, held. A model larger than its files loads twice, once a worker."""
+        config, pinned = model.config, model.config.load == "pinned"
+        context = self._context(model.alias, config, opened.snapshot)
+        while True:
+            # Children live from a budget of their own: memory_config.process_pool.
+            size_bytes = 0 if config.children else model.size_bytes or opened.size_bytes
+            self.memory.enter(model.alias, size_bytes, pinned=pinned, reload_s=max(model.load_ms, 1.0) / 1e3)
+            began_s = self._clock()
+            adapter: Adapter | None = None
+            try:
+                adapter = self._host(config, context) if config.children else cls.load(context)
+                model.size_bytes = 0 if config.children else adapter.size_bytes
+                if self.memory.settle(model.alias, model.size_bytes, self._clock() - began_s):
+                    return adapter
+            except BaseException:
+                if adapter is not None:
+                    adapter.close()
+                self.memory.forget(model.alias)
+                raise
+            adapter.close()
+            self.memory.forget(model.alias)
+
+    def _context(self, alias: str, config: ModelConfig, snapshot: Snapshot) -> LoadContext:
+        return LoadContext(
+            alias=alias,
             snapshot=snapshot.path,
             digest=snapshot.digest,
             tasks=config.tasks,
@@ -215,25 +266,15 @@ class Registry:
             gate_cosine=config.gate.mean_cosine,
             gate_top10=config.gate.top10_overlap,
         )
-        adapter = self._host(config, context) if config.children else cls.load(context)
-        loaded = self._clock()
-        try:
-            _warm(adapter, config.tasks)
-            learner = self._learner(config, adapter)
-        except BaseException:
-            adapter.close()
-            raise
-        model.adapter = adapter
-        model.revision = revision_of(config, adapter, snapshot.digest)
-        model.reason = adapter.note or missing
-        model.learner = learner
-        model.load_ms, model.warm_ms = (loaded - started) * 1e3, (self._clock() - loaded) * 1e3
+
+    def _buffer_tokens(self, adapter: Adapter) -> int | None:
+        """The most padded tokens whose forward pass keeps within ``inference_buffer``."""
+        return max(1, self._buffer_bytes // adapter.token_bytes) if adapter.token_bytes else None
 
     def _learner(self, config: ModelConfig, adapter: Adapter) -> BudgetLearner | None:
         """A learner that has seen the model run, for models whose cost grows with tokens."""
         ceiling = config.batching.max_padded_tokens
-        if adapter.token_bytes:
-            ceiling = max(1, min(ceiling, self._buffer_bytes // adapter.token_bytes))
+        ceiling = min(ceiling, self._buffer_tokens(adapter) or ceiling)
         if not config.batching.learn or config.children or config.backend == "native":
             return None
         learner = BudgetLearner(ceiling)
@@ -262,13 +303,13 @@ class Registry:
             memory_limit_bytes=self._child_bytes,
         )
 
-    def _snapshot(self, config: ModelConfig, *, optional: bool) -> tuple[Snapshot, str]:
+    def _open(self, config: ModelConfig, *, optional: bool) -> tuple[Opened, str]:
         try:
-            return resolve(config.source, config.revision, models_dir=self._models_dir), ""
+            return self.store.open(config.source, config.revision, mirrors=config.mirrors, share=shares(config)), ""
         except ModelUnavailable as error:
             if not optional:
                 raise
-            return Snapshot(path=None, digest="", source=config.source), str(error)
+            return Opened(Snapshot(path=None, digest="", source=config.source)), str(error)
 
 
 def _warm(adapter: Adapter, tasks: Iterable[str]) -> None:

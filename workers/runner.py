@@ -134,6 +134,8 @@ class Runner(threading.Thread):
         except Exception as error:
             logger.exception("a batch of %s failed", batch.group.model)
             fail_inside([waiting.payload.job for waiting in batch.items], error, self._events)
+        finally:
+            self._registry.release(batch.group.model, len(batch.items))
 
     # ------------------------------------------------------------------------------ a batch runs
 

@@ -3,7 +3,6 @@ the Procfile's shell and must be quick."""
 
 from __future__ import annotations
 
-import importlib
 import os
 import sys
 from typing import Any, Final
@@ -11,6 +10,7 @@ from typing import Any, Final
 import click
 
 from cortex_tasks.cli.exits import EPILOG, INTERRUPTED, exit_code
+from cortex_tasks.cli.lazy import LazyGroup
 from cortex_tasks.errors import CortexError
 
 __all__ = ["main"]
@@ -28,26 +28,10 @@ _COMMANDS: Final = {
 }
 
 
-class _Lazy(click.Group):
-    """Finds its commands in a table, and ends with the exit code of a CortexError."""
+class _Cortex(LazyGroup):
+    """Ends with the exit code of a CortexError."""
 
-    def list_commands(self, ctx: click.Context) -> list[str]:
-        return list(_COMMANDS)
-
-    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
-        target = _COMMANDS.get(cmd_name)
-        if target is None:
-            return None
-        module, _, attribute = target.partition(":")
-        command: click.Command = getattr(importlib.import_module(module), attribute)
-        return command
-
-    def resolve_command(self, ctx: click.Context, args: list[str]) -> Any:
-        from cortex_tasks.catalog import nearest
-
-        if args and args[0] not in _COMMANDS and not args[0].startswith("-"):
-            ctx.fail(f"no such command {args[0]!r}{nearest(args[0], _COMMANDS)}")
-        return super().resolve_command(ctx, args)
+    table = _COMMANDS
 
     def invoke(self, ctx: click.Context) -> Any:
         try:
@@ -64,7 +48,7 @@ class _Lazy(click.Group):
             ctx.exit(141)
 
 
-@click.group(cls=_Lazy, epilog=EPILOG, context_settings={"help_option_names": ["-h", "--help"]})
+@click.group(cls=_Cortex, epilog=EPILOG, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(package_name="datapunk-cortex", prog_name="cortex")
 def main() -> None:
     """Inference behind a queue: run jobs, look at the fleet, start one on this machine.

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from cortex_tasks.cli.exits import FAILED
+from cortex_tasks.cli.lazy import LazyGroup
 from cortex_tasks.config import FleetConfig, Settings, load_fleet
 from cortex_tasks.errors import BrokerUnavailable
 from cortex_tasks.terminal import Style, style_for, table
@@ -68,12 +69,39 @@ class _ModelRow:
     reason: str
     #: The engines that run it, with their figures.
     engine: str
+    #: In the memory of all workers together.
+    size_bytes: int
+    #: The slowest load, and the tiers that the files came from.
+    load_ms: float
+    tiers: tuple[str, ...]
 
 
-@click.command()
+class _Models(LazyGroup):
+    """The files of models are the workers' business, and so are the commands for them."""
+
+    table = {  # noqa: RUF012 - as ClassVar in the base class
+        "pull": "workers.commands:pull",
+        "list": "workers.commands:list_",
+        "verify": "workers.commands:verify",
+        "pin": "workers.commands:pin",
+        "evict": "workers.commands:evict",
+        "gc": "workers.commands:gc",
+    }
+
+
+@click.group(cls=_Models, invoke_without_command=True)
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-def models(as_json: bool) -> None:
-    """Every model: its state, revision, queue and images, and the workers that hold it."""
+@click.pass_context
+def models(ctx: click.Context, as_json: bool) -> None:
+    """Every model: its state, revision, queue and images, and the workers that hold it.
+
+    The commands below are about the models' files on this host and in Redis.
+    """
+    if ctx.invoked_subcommand is None:
+        _show_models(as_json)
+
+
+def _show_models(as_json: bool) -> None:
     from cortex_tasks.presence import read_cards
 
     settings, fleet = Settings.from_env(), load_fleet()
@@ -85,6 +113,7 @@ def models(as_json: bool) -> None:
         click.echo(f"cortex: {error}; showing only what queues.yaml declares", err=True)
     now_s = time.time()
     rows = [_model_row(fleet, alias, cards, now_s) for alias in fleet.models]
+    present = [card for card in cards if not card.is_silent(now_s)]
     if as_json:
         click.echo(json.dumps([asdict(row) for row in rows]))
         return
@@ -95,6 +124,28 @@ def models(as_json: bool) -> None:
         # The default engine is no news.
         if detail := "; ".join(text for text in (row.engine, row.reason) if text not in ("", "torch fp32")):
             click.echo(f"\n{style(row.alias, 'bold')}: {detail}")
+    for card in present:
+        click.echo(f"\n{card.node}: {_memory(card)}")
+
+
+def _memory(card: WorkerCard) -> str:
+    """Where a worker's models are: memory, evictions, and how often each tier had what was asked of it."""
+    store = card.store
+    loaded = ", ".join(
+        f"{model.alias} {model.size_bytes / 1e6:,.0f} MB (load {model.load_ms:,.0f} ms"
+        + (f", from {model.tier})" if model.tier else ")")
+        for model in card.models
+        if model.state == "ready"
+    )
+    tiers = ", ".join(
+        f"{name} {100 * tier.hits / max(tier.hits + tier.misses, 1):.0f} %"
+        + (f" ({tier.mean_ms:,.0f} ms)" if tier.mean_ms else "")
+        + (f" {tier.faults} faults" if tier.faults else "")
+        for name, tier in store.tiers.items()
+    )
+    used = f"{store.memory_bytes / 1e6:,.0f} of {store.memory_limit_bytes / 1e6:,.0f} MB"
+    moved = f"{store.evictions} evictions, {store.reloads} reloads"
+    return "; ".join(part for part in (loaded or "nothing loaded", used, moved, tiers and f"hits: {tiers}") if part)
 
 
 def _cells(row: _ModelRow) -> tuple[str, ...]:
@@ -122,6 +173,9 @@ def _model_row(fleet: FleetConfig, alias: str, cards: Sequence[WorkerCard], now_
         nodes=tuple(node for node, entry in held if entry.state == "ready"),
         reason=next((entry.reason for _, entry in held if entry.reason), ""),
         engine=", ".join(dict.fromkeys(entry.engine for _, entry in held if entry.engine)),
+        size_bytes=sum(entry.size_bytes for _, entry in held),
+        load_ms=max((entry.load_ms for _, entry in held), default=0.0),
+        tiers=tuple(dict.fromkeys(entry.tier for _, entry in held if entry.tier)),
     )
 
 

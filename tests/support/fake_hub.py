@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import threading
@@ -15,7 +16,10 @@ COMMIT = "d" * 40
 
 
 class FakeHub(ThreadingHTTPServer):
-    """``files``: the repository's; ``fetched``: names of those that were downloaded."""
+    """``files``: the repository's; ``fetched``: names of those that were downloaded.
+
+    A download of one of ``stalls`` stops in the middle until ``go_on`` is set, for at most ``hold_s``.
+    """
 
     daemon_threads = True
 
@@ -24,6 +28,10 @@ class FakeHub(ThreadingHTTPServer):
         self.repository = repository
         self.files = dict(files)
         self.fetched: list[str] = []
+        self.stalls: set[str] = set()
+        self.stalled = threading.Event()
+        self.go_on = threading.Event()
+        self.hold_s = 60.0
 
     @property
     def url(self) -> str:
@@ -39,7 +47,7 @@ class _Handler(BaseHTTPRequestHandler):
         if path.startswith(f"{api}/tree/"):
             self._json([_entry(name, data) for name, data in self.server.files.items()])
         elif path == api or path.startswith(f"{api}/revision/"):
-            siblings = [{"rfilename": name} for name in self.server.files]
+            siblings = [{"rfilename": name, "size": len(data)} for name, data in self.server.files.items()]
             self._json({"id": self.server.repository, "sha": COMMIT, "siblings": siblings})
         elif path.startswith(resolved) and (name := path.removeprefix(resolved)) in self.server.files:
             self._file(name)
@@ -55,7 +63,22 @@ class _Handler(BaseHTTPRequestHandler):
         data = self.server.files[name]
         if self.command == "GET":
             self.server.fetched.append(name)
-        self._send(data, {"ETag": f'"{_oid(data)}"', "X-Repo-Commit": COMMIT})
+        if self.command == "GET" and name in self.server.stalls:
+            self._send_half(data)
+            return
+        self._send(data, _headers(data))
+
+    def _send_half(self, data: bytes) -> None:
+        self.send_response(200)
+        for header, value in _headers(data).items():
+            self.send_header(header, value)
+        self.end_headers()
+        self.wfile.write(data[: len(data) // 2])
+        self.wfile.flush()
+        self.server.stalled.set()
+        self.server.go_on.wait(self.server.hold_s)
+        with contextlib.suppress(OSError):  # who asked has been killed
+            self.wfile.write(data[len(data) // 2 :])
 
     def _send(self, data: bytes, headers: Mapping[str, str]) -> None:
         self.send_response(200)
@@ -67,6 +90,10 @@ class _Handler(BaseHTTPRequestHandler):
 
     def log_message(self, format: str, *args: object) -> None:  # noqa: A002
         """Silent: the tests read ``fetched``."""
+
+
+def _headers(data: bytes) -> dict[str, str]:
+    return {"Content-Length": str(len(data)), "ETag": f'"{_oid(data)}"', "X-Repo-Commit": COMMIT}
 
 
 def _oid(data: bytes) -> str:
@@ -85,5 +112,6 @@ def fake_hub(repository: str, files: Mapping[str, bytes]) -> Iterator[FakeHub]:
         try:
             yield hub
         finally:
+            hub.go_on.set()
             hub.shutdown()
             thread.join()

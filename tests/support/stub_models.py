@@ -41,6 +41,8 @@ def ready(registry: Registry, alias: str, adapter: Adapter) -> None:
     """Make a model ready with this adapter, without loading."""
     model = registry.model(alias)
     model.adapter, model.state, model.revision = adapter, "ready", "rev"
+    registry.memory.enter(alias, adapter.size_bytes, pinned=False, reload_s=1.0)
+    registry.memory.release(alias)
 
 
 def job(job_id: str, *inputs: Any, model: str = "m", **more: Any) -> Job:

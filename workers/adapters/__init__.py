@@ -7,9 +7,9 @@ from typing import NamedTuple, cast
 
 from cortex_tasks.catalog import nearest
 from cortex_tasks.errors import ConfigError, ModelUnavailable
-from workers.adapters.base import Adapter, Item, LoadContext, WireValue
+from workers.adapters.base import Adapter, Item, LoadContext, Memo, WireValue
 
-__all__ = ["ADAPTERS", "Adapter", "Item", "LoadContext", "WireValue", "adapter_class"]
+__all__ = ["ADAPTERS", "Adapter", "Item", "LoadContext", "Memo", "WireValue", "adapter_class"]
 
 
 class _Row(NamedTuple):

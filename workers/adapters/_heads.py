@@ -62,6 +62,11 @@ class Head(ABC, Generic[_Params]):
         self._tokenizer = loaded.tokenizer
         self._reader = TokensReader(loaded.tokenizer, loaded.window)
 
+    @property
+    def window(self) -> int:
+        """Tokens read of an input."""
+        return self._loaded.window
+
     @abstractmethod
     def example(self) -> tuple[Sequence[str], _Params]: ...
 

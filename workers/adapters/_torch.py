@@ -29,6 +29,7 @@ __all__ = [
     "loading",
     "release",
     "size_of",
+    "token_bytes_of",
     "window_of",
 ]
 
@@ -74,6 +75,15 @@ def size_of(models: Iterable[torch.nn.Module]) -> int:
     return sum({t.data_ptr(): t.untyped_storage().nbytes() for t in tensors if not t.is_meta}.values())
 
 
+def token_bytes_of(config: Any, window: int | None) -> int:
+    """Working memory of a forward pass per padded token, from above: a layer's activations in float32 and, where
+    attention keeps its scores, a row of them for each head."""
+    hidden = int(getattr(config, "hidden_size", 0) or 0)
+    inner = int(getattr(config, "intermediate_size", None) or getattr(config, "hidden_dim", None) or 4 * hidden)
+    heads = int(getattr(config, "num_attention_heads", 0) or 0)
+    return 4 * (8 * hidden + 2 * inner + heads * (window or 0))
+
+
 def release(models: Iterable[torch.nn.Module]) -> None:
     """Give the memory of all parameters back; what is left of the models cannot compute. May be repeated."""
     for model in models:
@@ -110,7 +120,7 @@ class TokensReader:
     ) -> None:
         if not tokenizer.is_fast:
             raise ValueError(f"{type(tokenizer).__name__} has no fast (Rust) tokenizer; add its tokenizer.json")
-        self._backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+        self._backend = _copy(tokenizer.backend_tokenizer)
         self._backend.encode_special_tokens = bool(tokenizer.split_special_tokens)
         self._backend.no_padding()
         self._backend.no_truncation()
@@ -129,6 +139,20 @@ class TokensReader:
     def pair(self, first: Encoding, second: Encoding) -> Tokens:
         """Two bare encodings as one input, special tokens added, cut by this reader's strategy."""
         return Tokens.of(self._backend.post_process(first, second))
+
+
+def _copy(backend: Tokenizer) -> Tokenizer:
+    """A tokenizer with settings of its own over the same vocabulary, which is large and never changes."""
+    copy = Tokenizer(backend.model)
+    copy.normalizer, copy.pre_tokenizer = backend.normalizer, backend.pre_tokenizer
+    copy.post_processor, copy.decoder = backend.post_processor, backend.decoder
+    added = [token for _, token in sorted(backend.get_added_tokens_decoder().items())]
+    for token in added:
+        # In their order, so that each gets the id it has.
+        (copy.add_special_tokens if token.special else copy.add_tokens)([token])
+    if copy.get_added_tokens_decoder() != backend.get_added_tokens_decoder():
+        return Tokenizer.from_str(backend.to_str())
+    return copy
 
 
 def isolating(texts: Sequence[Any], compute: Callable[[list[str]], Iterable[_T]]) -> list[_T | InvalidInput]:

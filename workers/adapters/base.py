@@ -16,7 +16,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Protocol, Self
 
 from cortex_tasks.errors import CortexError
 from cortex_tasks.payloads import Params
@@ -61,6 +61,14 @@ class Item:
     cost_tokens: int = 1
 
 
+class Memo(Protocol):
+    """Keeps what is costly to make again, between jobs and for the whole fleet; any entry may be lost."""
+
+    def recall(self, key: str) -> bytes | None: ...
+
+    def keep(self, key: str, value: bytes) -> None: ...
+
+
 class Adapter(ABC):
     """A loaded model. One thread at a time calls ``forward``; another may call ``prepare`` meanwhile."""
 
@@ -75,6 +83,8 @@ class Adapter(ABC):
     precision: str = ""
     #: How the engine compares with fp32, e.g. "cos 0.9981 top10 0.957"; "" when nothing was compared.
     figures: str = ""
+    #: Where an adapter may keep what it made of an input; its caller sets it once the model is warm.
+    memo: Memo | None = None
 
     @classmethod
     @abstractmethod

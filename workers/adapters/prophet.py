@@ -33,6 +33,8 @@ from workers.adapters.base import Adapter, Item, LoadContext, WireValue
 if TYPE_CHECKING:
     import pandas as pd
 
+logger = logging.getLogger(__name__)
+
 __all__ = ["ProphetAdapter", "future_of", "seed_of", "times_of"]
 
 #: Whatever queues.yaml allows, more than this is refused: a fit's memory and time grow with it.
@@ -44,6 +46,15 @@ _PREDICT_ROWS: Final = 4_096
 #: is no deviation.
 _RESOLUTION: Final = 1e-6
 _COMMAND: Final = re.compile(r"Command '.*?' failed:\s*", re.DOTALL)
+#: The parameters that decide a fit; the others decide what is predicted with it.
+_FIT_PARAMS: Final = (
+    "growth",
+    "seasonality_mode",
+    "yearly_seasonality",
+    "weekly_seasonality",
+    "daily_seasonality",
+    "changepoint_prior_scale",
+)
 #: numpy's global generator belongs to one prediction at a time.
 _GENERATOR: Final = threading.Lock()
 
@@ -256,22 +267,59 @@ class ProphetAdapter(Adapter):
         }
 
     def _fit(self, history: _History, params: SeriesParams, **more: Any) -> Any:
+        """The model of a series. ``more`` decides what is predicted with it, and nothing of the fit itself."""
+        fitted = {name: getattr(params, name) for name in _FIT_PARAMS}
+        memo, key = self.memo, self._key(history.series, fitted)
+        kept = memo.recall(key) if memo is not None else None
+        model = _restored(kept, more) if kept is not None else None
+        if model is None:
+            model = self._fit_anew(history, fitted | more)
+            if memo is not None:
+                memo.keep(key, _saved(model))
+        return model
+
+    def _key(self, series: Series, fitted: dict[str, Any]) -> str:
+        """All that decides a fit."""
+        text = json.dumps([self.library, self.version, series.ds, series.y, fitted], sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()
+
+    def _fit_anew(self, history: _History, options: dict[str, Any]) -> Any:
         from prophet import Prophet
 
-        model = Prophet(
-            growth=params.growth,
-            seasonality_mode=params.seasonality_mode,
-            yearly_seasonality=params.yearly_seasonality,
-            weekly_seasonality=params.weekly_seasonality,
-            daily_seasonality=params.daily_seasonality,
-            changepoint_prior_scale=params.changepoint_prior_scale,
-            **more,
-        )
+        model = Prophet(**options)
         frame = _frame(history.times)
         frame["y"] = history.series.y
         # Left to itself the optimiser's wrapper keeps the files of each fit until the process ends.
         with tempfile.TemporaryDirectory(prefix="prophet-") as scratch:
             return model.fit(frame, output_dir=scratch, timeout=self._fit_timeout_s)
+
+
+def _saved(model: Any) -> bytes:
+    """A fitted model in the library's own JSON."""
+    from prophet.serialize import model_to_dict
+
+    kept = model_to_dict(model)
+    # Whole microseconds: the library writes whole milliseconds, and an answer must not depend on what was kept.
+    kept["cortex_times_us"] = model.history["ds"].to_numpy().astype("datetime64[us]").astype(int).tolist()
+    return json.dumps(kept).encode()
+
+
+def _restored(kept: bytes, options: dict[str, Any]) -> Any | None:
+    """The model again, None when it cannot be read: it is fitted anew then."""
+    from prophet.serialize import model_from_dict
+
+    try:
+        saved = json.loads(kept)
+        times = np.array(saved.pop("cortex_times_us"), dtype="datetime64[us]")
+        model = model_from_dict(saved)
+        model.history["ds"] = times
+        model.history_dates = model.history["ds"].sort_values()
+    except Exception as error:
+        logger.warning("a fit that was kept cannot be read and is made again: %s", type(error).__name__)
+        return None
+    for name, value in options.items():
+        setattr(model, name, value)
+    return model
 
 
 def _frame(times: pd.DatetimeIndex) -> pd.DataFrame:

@@ -27,6 +27,7 @@ from workers.adapters._torch import (
     loading,
     release,
     size_of,
+    token_bytes_of,
     window_of,
 )
 from workers.adapters.base import Adapter, Item, LoadContext, WireValue
@@ -116,6 +117,10 @@ class SentenceTransformersAdapter(Adapter):
     @property
     def size_bytes(self) -> int:
         return size_of(self._modules) + self._engine.size_bytes
+
+    @property
+    def token_bytes(self) -> int:
+        return token_bytes_of(getattr(self._modules[0], "config", None), self._model.max_seq_length)
 
     @property
     def library(self) -> str:

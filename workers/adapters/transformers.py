@@ -16,7 +16,7 @@ from cortex_tasks.errors import ConfigError, CortexError
 from cortex_tasks.payloads import Params
 from workers.adapters._heads import HEADS, Head, Loaded
 from workers.adapters._options import Options, read_options
-from workers.adapters._torch import dtype_of, loading, release, size_of, window_of
+from workers.adapters._torch import dtype_of, loading, release, size_of, token_bytes_of, window_of
 from workers.adapters.base import Adapter, Item, LoadContext, WireValue
 from workers.engines.onednn import use_onednn
 from workers.engines.select import numeric_class
@@ -91,6 +91,10 @@ class TransformersAdapter(Adapter):
     @property
     def size_bytes(self) -> int:
         return size_of(self._models)
+
+    @property
+    def token_bytes(self) -> int:
+        return max(token_bytes_of(model.config, head.window) for head in self._heads.values() for model in self._models)
 
     @property
     def library(self) -> str:

@@ -7,6 +7,8 @@
 ``builtin:<name>``   no files: the adapter's library is the model
 ==================== ======================================================================================
 
+``s3:<bucket>/<path>`` is not on this machine until it is fetched: see ``remotes``. ``tiers`` is who asks all of them.
+
 A pinned revision is a commit, tag or branch for ``hub:`` (``<org>--<name>@<revision>`` in ``models_dir``), and
 the beginning of the snapshot's digest (at least 8 hex digits) for ``pypi:`` and ``file:``.
 """
@@ -14,6 +16,7 @@ the beginning of the snapshot's digest (at least 8 hex digits) for ``pypi:`` and
 from __future__ import annotations
 
 import importlib.util
+import logging
 import re
 import threading
 from collections.abc import Callable
@@ -25,7 +28,9 @@ from typing import Final, TypeVar
 from cortex_tasks.errors import ModelUnavailable
 from workers.store.manifest import digest_of, manifest, refuse_pickle
 
-__all__ = ["Snapshot", "resolve"]
+__all__ = ["HUB_PATTERNS", "Snapshot", "check_hub_name", "check_pinned", "local", "resolve", "unreachable", "within"]
+
+logger = logging.getLogger(__name__)
 
 #: How long the hub may take to say what a model's files are; the download itself is not bounded.
 HUB_PROBE_S: Final = 8.0
@@ -53,26 +58,46 @@ def resolve(source: str, revision: str | None, *, models_dir: Path | None) -> Sn
     Raises ModelUnavailable (within seconds) when it is not there or not safe to read; the message says the
     reason and the remedy.
     """
+    found = local(source, revision, models_dir=models_dir)
+    if found is not None:
+        return found
+    kind, _, name = source.partition(":")
+    if kind == "hub":
+        return _snapshot(_fetched(source, name, revision, models_dir), source)
+    raise ModelUnavailable(
+        f"model source {source!r}: without a store only pypi:, file:, hub: and builtin: sources are read; "
+        "copy the model to a directory and name it as 'file:<path>'",
+        {"source": source},
+    )
+
+
+def local(source: str, revision: str | None, *, models_dir: Path | None) -> Snapshot | None:
+    """The snapshot where it lies on this machine; None for a source that has to be fetched.
+
+    Asks no network. Raises ModelUnavailable when it should be here and is not, or is not safe to read.
+    """
     kind, _, name = source.partition(":")
     if kind == "builtin":
         return Snapshot(None, "", source)
     if kind == "hub":
-        return _snapshot(_hub(source, name, revision, models_dir), source)
+        path = _hub(source, name, revision, models_dir)
+        return None if path is None else _snapshot(path, source)
     locate = {"pypi": _package, "file": _directory}.get(kind)
     if locate is None:
-        raise ModelUnavailable(
-            f"model source {source!r}: this version reads pypi:, file:, hub: and builtin: sources; "
-            "copy the model to a directory and name it as 'file:<path>'",
-            {"source": source},
-        )
+        return None
     snapshot = _snapshot(locate(source, name), source)
-    if revision is not None and not (len(revision) >= 8 and snapshot.digest.startswith(revision.lower())):
-        raise ModelUnavailable(
-            f"model source {source!r} holds revision {snapshot.digest[:16]}, not the pinned {revision!r}; install "
-            "the pinned files or change models.<alias>.revision",
-            {"source": source, "revision": snapshot.digest},
-        )
+    check_pinned(source, revision, snapshot.digest)
     return snapshot
+
+
+def check_pinned(source: str, revision: str | None, digest: str) -> None:
+    """Raise ModelUnavailable when a digest is not the pinned one (the beginning of it, at least 8 hex digits)."""
+    if revision is not None and not (len(revision) >= 8 and digest.startswith(revision.lower())):
+        raise ModelUnavailable(
+            f"model source {source!r} holds revision {digest[:16]}, not the pinned {revision!r}; install "
+            "the pinned files or change models.<alias>.revision",
+            {"source": source, "revision": digest},
+        )
 
 
 def _snapshot(path: Path, source: str) -> Snapshot:
@@ -135,23 +160,47 @@ def _import_names(name: str) -> list[str]:
 # ------------------------------------------------------------------------------------------------------ hub:
 
 
-def _hub(source: str, name: str, revision: str | None, models_dir: Path | None) -> Path:
+def check_hub_name(source: str, name: str) -> None:
+    """Raises ModelUnavailable for a name that is no repository's."""
     if _HUB_NAME.fullmatch(name) is None:
         raise ModelUnavailable(f"model source {source!r} is not of the form hub:<org>/<name>", {"source": source})
-    folder = name.replace("/", "--") + (f"@{revision}" if revision else "")
+
+
+def _hub(source: str, name: str, revision: str | None, models_dir: Path | None) -> Path | None:
+    """Where an operator, or Hugging Face's own library, has put the model on this machine."""
+    check_hub_name(source, name)
+    folder = _folder(name, revision)
     if models_dir is not None and (models_dir / folder).is_dir():
         return (models_dir / folder).resolve()
     try:
-        return _cached(name, revision) or _download(name, revision)
+        return _cached(name, revision)
     except Exception as error:
-        reason = str(error).strip().partition("\n")[0] or type(error).__name__
-        where = models_dir / folder if models_dir is not None else f"$CORTEX_MODELS_DIR/{folder}"
-        raise ModelUnavailable(
-            f"model source {source!r} is not on this machine and could not be fetched: {reason}. Start the worker "
-            f"once with the hub in reach, or put the model's files into {where}, or name their directory as "
-            "'file:<path>'",
-            {"source": source, "reason": type(error).__name__},
-        ) from error
+        logger.debug("Hugging Face's local cache cannot be asked: %s", error)
+        return None
+
+
+def _folder(name: str, revision: str | None) -> str:
+    return name.replace("/", "--") + (f"@{revision}" if revision else "")
+
+
+def _fetched(source: str, name: str, revision: str | None, models_dir: Path | None) -> Path:
+    try:
+        return _download(name, revision)
+    except Exception as error:
+        raise unreachable(source, revision, models_dir, error) from error
+
+
+def unreachable(source: str, revision: str | None, models_dir: Path | None, error: Exception) -> ModelUnavailable:
+    """What an operator is told when the hub could not give a model."""
+    reason = str(error).strip().partition("\n")[0] or type(error).__name__
+    folder = _folder(source.partition(":")[2], revision)
+    where = models_dir / folder if models_dir is not None else f"$CORTEX_MODELS_DIR/{folder}"
+    return ModelUnavailable(
+        f"model source {source!r} is not on this machine and could not be fetched: {reason}. Start the worker "
+        f"once with the hub in reach, or put the model's files into {where}, or name their directory as "
+        "'file:<path>'",
+        {"source": source, "reason": type(error).__name__},
+    )
 
 
 def _cached(name: str, revision: str | None) -> Path | None:
@@ -168,13 +217,13 @@ def _cached(name: str, revision: str | None) -> Path | None:
 def _download(name: str, revision: str | None) -> Path:
     from huggingface_hub import HfApi, snapshot_download
 
-    info = _within(HUB_PROBE_S, lambda: HfApi().model_info(name, revision=revision, timeout=HUB_PROBE_S))
+    info = within(HUB_PROBE_S, lambda: HfApi().model_info(name, revision=revision, timeout=HUB_PROBE_S))
     if not any(str(file.rfilename).endswith(".safetensors") for file in info.siblings or []):
         raise ModelUnavailable("the repository has no *.safetensors")
     return Path(snapshot_download(name, revision=info.sha, allow_patterns=[*HUB_PATTERNS]))
 
 
-def _within(seconds: float, call: Callable[[], _T]) -> _T:
+def within(seconds: float, call: Callable[[], _T]) -> _T:
     """The call's value, or TimeoutError: name resolution obeys no client's time-out, so a thread is left behind."""
     outcome: list[_T | Exception] = []
 

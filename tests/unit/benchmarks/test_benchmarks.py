@@ -33,6 +33,7 @@ FIELDS = {
         "encode_ratio",
     ),
     "latency": ("idle_overhead_ms", "idle_p99_ms", "interactive_p99_under_bulk_ms", "bulk_batch_ms"),
+    "memory": ("pss_copies_4", "warm_load_ratio", "cold_load_ms", "l2_load_ms", "l2_mb_per_s", "redis_mb_per_s"),
     "startup": ("import_ms", "load_ms", "warm_ms", "first_answer_ms"),
     "gpu": ("raw_per_s", "map_per_s", "map_ratio", "workers", "clients"),
 }
@@ -87,6 +88,15 @@ def test_startup_with_its_card() -> None:
     figures = checked("startup", lines[-1])
     assert figures["first_answer_ms"] > figures["load_ms"]
     assert any(line.startswith("loading the model") for line in lines)
+
+
+@pytest.mark.fleet
+@pytest.mark.models
+def test_memory_with_its_card() -> None:
+    lines = run("memory")
+    figures = checked("memory", lines[-1])
+    assert figures["pss_copies_4"] <= 1.2, "four processes hold one copy of the weights"
+    assert any(line.startswith("copies of the weights") for line in lines)
 
 
 @pytest.mark.skipif(Path("/dev/nvidiactl").exists(), reason="a GPU is there")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -204,3 +205,28 @@ def test_a_killed_worker_is_silent(worker: Callable[..., None]) -> None:
     rows = {row["alias"]: row for row in json.loads(cortex("models", "--json").stdout)}
     assert (rows["minilm"]["state"], rows["minilm"]["nodes"]) == ("silent", [])
     assert (rows["spacy"]["state"], rows["spacy"]["nodes"]) == ("ready", ["c@h"])
+
+
+def test_models_tell_each_workers_memory_and_tiers(worker: Callable[..., None]) -> None:
+    store = {
+        "memory_bytes": 91_000_000, "memory_limit_bytes": 2_000_000_000, "evictions": 3, "reloads": 2,
+        "tiers": {"memory": {"hits": 3, "misses": 1}, "l2": {"hits": 1, "misses": 1, "faults": 2, "mean_ms": 530.4}},
+    }  # fmt: skip
+    loaded = model("minilm", "ready", size_bytes=91_000_000, load_ms=121.4, tier="local")
+    worker("a@h", loaded, model("sentiment", "idle"), store=store)
+    text = cortex("models").stdout
+    assert "a@h: minilm 91 MB (load 121 ms, from local); 91 of 2,000 MB; 3 evictions, 2 reloads" in text
+    assert "hits: memory 75 %, l2 50 % (530 ms) 2 faults" in text
+    rows = {row["alias"]: row for row in json.loads(cortex("models", "--json").stdout)}
+    assert (rows["minilm"]["size_bytes"], rows["minilm"]["load_ms"], rows["minilm"]["tiers"]) == (
+        91_000_000,
+        121.4,
+        ["local"],
+    )
+
+
+def test_the_commands_of_a_host_without_workers_say_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "workers.commands", None)
+    result = cortex("models", "list")
+    assert result.exit_code == 2
+    assert "models list` needs 'workers.commands', which is not installed here" in result.stderr

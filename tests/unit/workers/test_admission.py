@@ -132,7 +132,7 @@ class Loads(Registry):
     failure: CortexError | None = None
     loads = 0
 
-    def load(self, alias: str) -> Model:
+    def load(self, alias: str, *, hold: bool = False) -> Model:
         self.loads += 1
         assert self.gate.wait(PATIENCE_S)
         model = self.model(alias)
@@ -140,6 +140,7 @@ class Loads(Registry):
             model.state, model.error, model.failed_at_s = "unavailable", self.failure, 0.0
             raise self.failure
         ready(self, alias, StubAdapter())
+        assert self.hold(model) if hold else True
         return model
 
 

@@ -136,3 +136,28 @@ def test_a_host_of_children_gets_twice_the_time() -> None:
     assert bench.exits == []
     bench.health.check_progress(21.0)
     assert bench.exits == [HUNG_EXIT_CODE]
+
+
+# ------------------------------------------------------------------------------------------------- models
+
+
+def test_a_card_tells_the_memory_of_models_and_what_each_tier_did(redis_url: str) -> None:
+    bench = Bench(connect=lambda: redis.Redis.from_url(redis_url), m={})
+    bench.registry.load("m")
+    assert bench.registry.hold(bench.registry.model("m"))
+    store = bench.health.card().store
+    assert store.memory_bytes == 7
+    assert store.memory_limit_bytes == bench.registry.memory.budget_bytes
+    assert store.tiers["memory"].hits == 1
+    assert (store.evictions, store.reloads) == (0, 0)
+
+
+def test_the_jobs_that_wait_in_a_queue_are_its_models_demand(redis_url: str) -> None:
+    bench = Bench(connect=lambda: redis.Redis.from_url(redis_url), m={})
+    bench.registry.load("m")
+    with redis.Redis.from_url(redis_url) as client:
+        client.lpush("m", "one", "two")
+        client.lpush("m\x06\x169", "bulk")
+    bench.health.publish()
+    resident = bench.registry.memory._residency.residents["m"]
+    assert resident.waiting == 3.0

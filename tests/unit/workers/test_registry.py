@@ -271,6 +271,90 @@ def test_a_budget_that_is_not_learned_is_the_configured_one(changes: dict[str, A
     assert model.budget.max_padded_tokens == model.config.batching.max_padded_tokens
 
 
+# ------------------------------------------------------------------------------------- in and out of memory
+
+
+def tight(clock: Clock, **models: dict[str, Any]) -> Registry:
+    """A registry with room for two stubs of 7 bytes."""
+    plain = fleet_of(**{alias: {"adapter": STEERED, **changes} for alias, changes in models.items()})
+    l1 = plain.model_storage.l1_memory.model_copy(update={"size": 15})
+    return registry_of(
+        plain.model_copy(update={"model_storage": plain.model_storage.model_copy(update={"l1_memory": l1})}), clock
+    )
+
+
+def test_the_longest_unused_model_makes_room_and_is_loaded_again_when_needed(clock: Clock) -> None:
+    registry = tight(clock, a={}, b={}, c={})
+    for alias in ("a", "b", "c"):
+        clock.now_s += 1
+        registry.load(alias)
+    assert {alias: model.state for alias, model in registry.models.items()} == {"a": "idle", "b": "ready", "c": "ready"}
+    assert [adapter.closed for adapter in Steered.made] == [True, False, False]
+    clock.now_s += 1
+    assert registry.load("a").state == "ready"
+    assert registry.model("b").state == "idle"
+    assert registry.memory.used_bytes == 14
+    assert (registry.store.counters.evictions, registry.store.counters.reloads) == (2, 1)
+
+
+def test_a_model_in_use_is_never_closed(clock: Clock) -> None:
+    registry = tight(clock, a={}, b={})
+    with registry.using("a") as model:
+        clock.now_s += 10_000
+        registry.memory.let_idle_go()
+        assert model.loaded is Steered.made[0]
+        assert not Steered.made[0].closed
+    clock.now_s += 10_000
+    assert registry.memory.let_idle_go() == ["a"]
+    assert Steered.made[0].closed
+    assert registry.model("a").state == "idle"
+    assert not registry.hold(registry.model("a"))
+    with registry.using("a") as model:
+        assert model.loaded is Steered.made[1]
+    assert (registry.store.counters.evictions, registry.store.counters.reloads) == (1, 1)
+    assert model.card().loads == 2
+
+
+def test_a_pinned_model_does_not_go_for_being_idle(clock: Clock) -> None:
+    registry = tight(clock, a={"load": "pinned"})
+    registry.load("a")
+    clock.now_s += 10_000
+    assert registry.memory.let_idle_go() == []
+
+
+def test_a_failed_load_gives_its_place_back(clock: Clock) -> None:
+    registry = tight(clock, a={})
+    Steered.forward_failure = RuntimeError("cannot compute")
+    with pytest.raises(ModelUnavailable):
+        registry.load("a")
+    assert registry.memory.used_bytes == 0
+
+
+def test_a_model_that_is_too_large_says_what_it_needs(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Steered, "size_bytes", 10**6)
+    with pytest.raises(ModelUnavailable, match=r"model 'a' needs 1\.0 MB of memory and models may take 0\.0 MB"):
+        tight(clock, a={}).load("a")
+    assert Steered.made[0].closed
+
+
+def test_the_models_of_a_queue_share_its_waiting_jobs(clock: Clock) -> None:
+    registry = tight(clock, a={"queue": "q"}, b={"queue": "q"})
+    registry.model("a").jobs = 8
+    registry.load("a")
+    registry.load("b")
+    registry.note_depths({"q": 20, "other": 3})
+    waiting = {alias: one.waiting for alias, one in registry.memory._residency.residents.items()}
+    assert waiting == {"a": 18.0, "b": 2.0}
+
+
+def test_a_batch_is_cut_to_the_inference_buffer_though_its_budget_is_not_learned() -> None:
+    declared = fleet(backend="torch", batching={"learn": False, "max_padded_tokens": 4_096})
+    Steered.tokens = declared.memory_config.inference_buffer // 500
+    model = registry_of(declared).load("m")
+    assert model.budget.max_padded_tokens == 500
+    assert model.card().budget_tokens == 500
+
+
 # ---------------------------------------------------------------------------------------------- closing
 
 

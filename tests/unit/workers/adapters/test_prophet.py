@@ -415,3 +415,98 @@ def test_it_says_what_computes_its_answers(adapter: ProphetAdapter) -> None:
 def test_unknown_and_unusable_options_are_refused(options: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match="options"):
         ProphetAdapter.load(context(**options))
+
+
+# ----------------------------------------------------------------------------------------- remembered fits
+
+
+class Memo:
+    """Keeps everything."""
+
+    def __init__(self) -> None:
+        self.kept: dict[str, bytes] = {}
+
+    def recall(self, key: str) -> bytes | None:
+        return self.kept.get(key)
+
+    def keep(self, key: str, value: bytes) -> None:
+        self.kept[key] = value
+
+
+def odd_times() -> Series:
+    """Timestamps of whole microseconds, which are not whole milliseconds."""
+    first = datetime.fromisoformat("2024-03-01T00:00:00.000007")
+    stamps = tuple((first + timedelta(hours=i, microseconds=13 * i)).isoformat() for i in range(60))
+    return Series(ds=stamps, y=tuple(map(float, noisy(60, 3))))
+
+
+@pytest.mark.parametrize("given_series", [DAILY, HOURLY, odd_times()], ids=["daily", "hourly", "odd times"])
+@pytest.mark.parametrize(
+    "params", [ForecastParams(horizon=5, include_history=True), DecomposeParams(), AnomalyParams(interval_width=0.5)]
+)
+def test_a_remembered_fit_answers_as_a_new_one_and_is_not_fitted(
+    given_series: Series, params: Params, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    adapter = ProphetAdapter.load(context())
+    [item] = adapter.prepare(TASK_OF[type(params)], [given_series], params)
+    assert isinstance(item, Item)
+
+    def forward() -> Any:
+        return adapter.forward(TASK_OF[type(params)], [item], params)[0]
+
+    fresh = forward()
+    adapter.memo = Memo()
+    assert forward() == fresh
+    fits: list[Any] = []
+    monkeypatch.setattr(adapter, "_fit_anew", lambda *given: fits.append(given))
+    assert forward() == fresh
+    assert fits == []
+
+
+def test_the_tasks_of_a_series_share_one_fit_and_other_parameters_do_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    adapter, memo = ProphetAdapter.load(context()), Memo()
+    adapter.memo = memo
+    for params in (
+        ForecastParams(horizon=3),
+        ForecastParams(horizon=9, interval_width=0.5),
+        DecomposeParams(),
+        AnomalyParams(),
+    ):
+        [item] = adapter.prepare(TASK_OF[type(params)], [DAILY], params)
+        assert isinstance(item, Item)
+        assert not isinstance(adapter.forward(TASK_OF[type(params)], [item], params)[0], CortexError)
+    assert len(memo.kept) == 1
+    for other, of in ((DecomposeParams(changepoint_prior_scale=0.5), DAILY), (DecomposeParams(), HOURLY)):
+        [item] = adapter.prepare("decompose", [of], other)
+        assert isinstance(item, Item)
+        adapter.forward("decompose", [item], other)
+    assert len(memo.kept) == 3
+
+
+def test_a_fit_that_cannot_be_read_is_made_again() -> None:
+    adapter, memo = ProphetAdapter.load(context()), Memo()
+    adapter.memo = memo
+    [item] = adapter.prepare("decompose", [DAILY], DecomposeParams())
+    assert isinstance(item, Item)
+    fresh = adapter.forward("decompose", [item], DecomposeParams())[0]
+    [key] = memo.kept
+    for damaged in (b"", b"{}", memo.kept[key][:-10]):
+        memo.kept[key] = damaged
+        assert adapter.forward("decompose", [item], DecomposeParams())[0] == fresh
+        assert len(memo.kept[key]) > 1_000, "the good one is kept again"
+
+
+def test_children_remember_by_their_worker() -> None:
+    memo = Memo()
+    host = ChildHost("prophet", context(), 2, time_limit_s=120)
+    try:
+        host.memo = memo
+        items = host.prepare("decompose", [DAILY, HOURLY], DecomposeParams())
+        first = host.forward("decompose", [item for item in items if isinstance(item, Item)], DecomposeParams())
+        assert len(memo.kept) == 2
+        kept = dict(memo.kept)
+        again = host.forward("decompose", [item for item in items if isinstance(item, Item)], DecomposeParams())
+        assert list(again) == list(first)
+        assert memo.kept == kept, "nothing was fitted again"
+    finally:
+        host.close()

@@ -116,22 +116,11 @@ def test_a_builtin_model_has_no_files() -> None:
 
 @pytest.mark.parametrize("source", ["s3:bucket/key", "forge:sentiment@3", "ftp:x", "nonsense"])
 def test_other_sources_name_the_ones_there_are(source: str) -> None:
-    with pytest.raises(ModelUnavailable, match="reads pypi:, file:, hub: and builtin: sources"):
+    with pytest.raises(ModelUnavailable, match="only pypi:, file:, hub: and builtin: sources are read"):
         resolve(source, None, models_dir=None)
 
 
 # ------------------------------------------------------------------------------------------------------- hub:
-
-
-@pytest.fixture
-def hub_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An empty local cache of Hugging Face's, so that what this machine has fetched plays no part."""
-    from huggingface_hub import constants
-
-    cache = tmp_path / "hub-cache"
-    cache.mkdir()
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(cache))
-    return cache
 
 
 def _point_to(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
