@@ -241,6 +241,21 @@ class Delivery(Section):
     result_ttl_s: Annotated[Count, Field(ge=60)] = 3_600
 
 
+class NearMemory(Section):
+    """Answers kept in each client's own memory."""
+
+    size: Size = 64 * 10**6
+    ttl_s: Annotated[Count, Field(ge=1)] = 300
+
+
+class CacheConfig(Section):
+    """The result cache, beside ``models.<alias>.cache_ttl_s`` and ``model_storage.l2_redis.size``."""
+
+    near: NearMemory = NearMemory()
+    #: Larger answers are not stored.
+    entry_max_size: Size = 10**6
+
+
 class FleetConfig(Section):
     """The whole of queues.yaml."""
 
@@ -248,6 +263,7 @@ class FleetConfig(Section):
     models: Annotated[dict[Alias, ModelConfig], Field(min_length=1)]
     images: Annotated[dict[Alias, ImageConfig], Field(min_length=1)]
     delivery: Delivery = Delivery()
+    cache: CacheConfig = CacheConfig()
     model_storage: ModelStorage = ModelStorage()
     memory_config: MemoryConfig = MemoryConfig()
     storage_config: StorageConfig = StorageConfig()
