@@ -10,7 +10,7 @@ import logging
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 from celery import states
 from celery.backends.redis import RedisBackend
@@ -31,6 +31,16 @@ class _Stored(NamedTuple):
     reply_to: str | None
 
 
+class Rider(Protocol):
+    """``workers.ledger.Ledger``, as far as the backend knows it."""
+
+    def board(self, pipe: Any) -> int:
+        """Add commands to a pipeline; returns how many. Their failure is no failure of the results."""
+
+    def turned_back(self) -> None:
+        """The pipeline could not be sent."""
+
+
 class BatchedRedisBackend(RedisBackend):
     """Stock, except between ``collecting`` and ``flush``, and for the message on a client's reply channel."""
 
@@ -42,6 +52,8 @@ class BatchedRedisBackend(RedisBackend):
         self._collecting = False
         self._stored: list[_Stored] = []
         self._told_refused = False
+        #: Entries of the result cache that go along with results, where both live in one Redis.
+        self.rider: Rider | None = None
 
     @contextmanager
     def collecting(self) -> Iterator[None]:
@@ -59,6 +71,8 @@ class BatchedRedisBackend(RedisBackend):
             return
         finished: dict[str, list[str]] = defaultdict(list)
         with self.client.pipeline(transaction=False) as pipe:
+            # First, so that who hears of an answer finds it in the cache.
+            riding = self.rider.board(pipe) if self.rider else 0
             for entry in self._stored:
                 pipe.set(entry.key, entry.payload, ex=entry.expires_s or None)
             for entry in self._stored:
@@ -67,9 +81,18 @@ class BatchedRedisBackend(RedisBackend):
                     finished[str(entry.reply_to)].append(entry.task_id)
             for channel, ids in finished.items():
                 pipe.publish(channel, " ".join(ids))
-            replies = pipe.execute(raise_on_error=False)
+            replies = self._execute(pipe)[riding:]
         self._check(replies[: len(self._stored)], replies[len(self._stored) :])
         self._stored.clear()
+
+    def _execute(self, pipe: Any) -> list[Any]:
+        try:
+            replies: list[Any] = pipe.execute(raise_on_error=False)
+        except Exception:
+            if self.rider:
+                self.rider.turned_back()
+            raise
+        return replies
 
     def _check(self, stored: Sequence[Any], announced: Sequence[Any]) -> None:
         for reply in stored:
