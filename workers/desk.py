@@ -280,10 +280,13 @@ class CacheDesk(threading.Thread):
         self._events.started(outers)
 
     def finished(self, jobs: Sequence[Job]) -> None:
-        done = [job for job in jobs if not isinstance(job.ticket, Passage)]
+        done: list[Job] = []
         for job in jobs:
             if isinstance(job.ticket, Passage):
                 done += self._land(job, job.ticket)
+            else:
+                self._store_direct(job)
+                done.append(job)
         if done:
             self._events.finished(list(dict.fromkeys(done)))
 
@@ -303,6 +306,20 @@ class CacheDesk(threading.Thread):
             self.counters.add(inner.model, computed=len(passage.flights))
             self.ledger.keep(entries)
         return done
+
+    def _store_direct(self, job: Job) -> None:
+        """Store what was computed without a flight: by a suspect, or while the model was being loaded."""
+        if job.cache == "off" or job.failure is not None or not TASKS[job.task].cacheable:
+            return
+        revision, now_s = self._registry.model(job.model).revision, self._clock()
+        with self._lock:
+            address = self._address(job)
+            flights = [
+                (Flight(address.key(value), job.model, revision, job.lane, value, [], now_s), job.outcomes[index])
+                for index, value in job.good_inputs()
+            ]
+            entries = [self._entry(flight, outcome) for flight, outcome in flights]
+        self.ledger.keep([entry for entry in entries if entry.frame])
 
     def _fail(self, inner: Job, passage: Passage) -> list[Job]:
         """The whole inner job failed (its model cannot be had): so does its outer job; others try for themselves."""

@@ -20,6 +20,7 @@ from cortex_tasks.cache.counters import Counters, tell
 from cortex_tasks.cache.names import (
     ACTIVATE,
     BYTES,
+    ENTRY_OVERHEAD_BYTES,
     INDEX,
     activate_arguments,
     entry_prefix,
@@ -42,8 +43,6 @@ LOOK_KEYS: Final = 128
 #: Entries that one step of trimming looks at.
 _TRIM_ENTRIES: Final = 200
 _TRIM_STEPS: Final = 50
-#: What Redis and the index take for an entry beside its bytes.
-ENTRY_OVERHEAD_BYTES: Final = 250
 #: What LOOK answers beside an entry's bytes.
 MINE: Final = 1
 

@@ -20,7 +20,7 @@ from typing import Any, Final
 __all__ = [
     "ACTIVATE",
     "BYTES",
-    "ENTRIES_PATTERN",
+    "ENTRY_OVERHEAD_BYTES",
     "INDEX",
     "RECORD_TTL_S",
     "SILENT_AFTER_S",
@@ -36,7 +36,8 @@ __all__ = [
 
 INDEX: Final = "cortex:cache:index"
 BYTES: Final = "cortex:cache:bytes"
-ENTRIES_PATTERN: Final = "cortex:cache:e:*"
+#: What Redis and the index take for an entry beside its bytes.
+ENTRY_OVERHEAD_BYTES: Final = 250
 
 #: A revision is remembered for so long after the last worker of it has gone.
 RECORD_TTL_S: Final = 86_400
