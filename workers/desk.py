@@ -20,7 +20,6 @@ from cortex_tasks.cache.frame import opened, sealed
 from cortex_tasks.cache.shelf import tokens_of
 from cortex_tasks.catalog import TASKS
 from cortex_tasks.errors import CortexError
-from cortex_tasks.keys import Address
 from cortex_tasks.payloads import Lane
 from workers.admission import Events
 from workers.flights import FLIGHT_S, MINE, Entry, FlightTower
@@ -28,7 +27,7 @@ from workers.herald import Herald
 from workers.ledger import Ledger
 from workers.registry import Registry
 from workers.runtime import Job
-from workers.seats import LONGEST_POLL_S, NAP_S, Flight, Passage, Waiting
+from workers.seats import LONGEST_POLL_S, NAP_S, Addresses, Flight, Passage, Waiting
 
 __all__ = ["CacheDesk"]
 
@@ -37,7 +36,6 @@ logger = logging.getLogger(__name__)
 #: Entries that no result took along are sent by themselves after this.
 _LEFT_S: Final = 0.1
 _TRIM_EVERY_S: Final = 1.0
-_ADDRESSES: Final = 256
 
 
 class CacheDesk(threading.Thread):
@@ -68,7 +66,7 @@ class CacheDesk(threading.Thread):
         self._waiting = Waiting()
         #: The flights that jobs may still join.
         self._flights: dict[bytes, Flight] = {}
-        self._addresses: dict[tuple[str, ...], Address] = {}
+        self._addresses = Addresses()
         #: Answers to be stored.
         self.ledger = Ledger(tower, clock)
         self._trimmed_s = clock()
@@ -145,7 +143,7 @@ class CacheDesk(threading.Thread):
 
     def _seat(self, job: Job) -> list[Flight]:
         """Give each input a seat; returns the flights that are new."""
-        address = self._address(job)
+        address = self._addresses.of(job, self._registry.model(job.model).revision)
         new: dict[bytes, Flight] = {}
         with self._lock:
             for index, value in job.good_inputs():
@@ -164,16 +162,6 @@ class CacheDesk(threading.Thread):
             self._fly(list(new.values()))
             return []
         return list(new.values())
-
-    def _address(self, job: Job) -> Address:
-        revision = self._registry.model(job.model).revision
-        kind = (job.task, job.model, revision, job.group.params)
-        known = self._addresses.get(kind)
-        if known is None:
-            if len(self._addresses) >= _ADDRESSES:
-                self._addresses.clear()
-            known = self._addresses[kind] = Address(*kind)
-        return known
 
     def _look(self, flights: Sequence[Flight]) -> None:
         """Ask Redis for flights that are not computed here yet, and do what it says."""
@@ -313,7 +301,7 @@ class CacheDesk(threading.Thread):
             return
         revision, now_s = self._registry.model(job.model).revision, self._clock()
         with self._lock:
-            address = self._address(job)
+            address = self._addresses.of(job, self._registry.model(job.model).revision)
             flights = [
                 (Flight(address.key(value), job.model, revision, job.lane, value, [], now_s), job.outcomes[index])
                 for index, value in job.good_inputs()

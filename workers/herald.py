@@ -30,12 +30,16 @@ class Herald:
         """Tell what is to be told now."""
         now_s = self._clock()
         confirm = now_s - self._confirmed_s >= _CONFIRM_S
+        told = True
         for alias, model in self._registry.models.items():
             if model.state != "ready":
                 continue
             revision = model.revision
             new = self._told.get(alias) != revision
-            if (new or confirm) and self._activate(alias, revision, loaded=new):
-                self._told[alias] = revision
-        if confirm:
+            if new or confirm:
+                if self._activate(alias, revision, loaded=new):
+                    self._told[alias] = revision
+                else:
+                    told = False
+        if confirm and told:
             self._confirmed_s = now_s

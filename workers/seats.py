@@ -5,10 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Final
 
+from cortex_tasks.keys import Address
 from cortex_tasks.payloads import Lane
 from workers.runtime import Job
 
-__all__ = ["FIRST_POLL_S", "LONGEST_POLL_S", "NAP_S", "Flight", "Passage", "Waiting"]
+__all__ = ["FIRST_POLL_S", "LONGEST_POLL_S", "NAP_S", "Addresses", "Flight", "Passage", "Waiting"]
 
 FIRST_POLL_S: Final = 0.005
 LONGEST_POLL_S: Final = 0.05
@@ -59,3 +60,21 @@ class Waiting:
     def next_s(self, now_s: float) -> float:
         """Seconds until the next one is due."""
         return min((flight.poll_at_s - now_s for flight in self.flights), default=NAP_S)
+
+
+class Addresses:
+    """Where the answers to jobs are stored, for the kinds of jobs seen last."""
+
+    _MOST: Final = 256
+
+    def __init__(self) -> None:
+        self._known: dict[tuple[str, str, str, str], Address] = {}
+
+    def of(self, job: Job, revision: str) -> Address:
+        kind = (job.task, job.model, revision, job.group.params)
+        known = self._known.get(kind)
+        if known is None:
+            if len(self._known) >= self._MOST:
+                self._known.clear()
+            known = self._known[kind] = Address(*kind)
+        return known

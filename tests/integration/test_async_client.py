@@ -29,7 +29,7 @@ from cortex_tasks.codec import loads, result_key
 from cortex_tasks.config import FleetConfig
 from cortex_tasks.echo import echo_vector
 from tests.support.redis_server import RedisServer
-from tests.support.worker_process import QUEUES_FILE, ROOT, WorkerProcess
+from tests.support.worker_process import QUEUES_FILE, ROOT, WorkerProcess, forget_answers
 
 pytestmark = pytest.mark.fleet
 
@@ -55,6 +55,11 @@ def worker(tmp_path_factory: pytest.TempPathFactory, server: RedisServer, gate: 
     log = tmp_path_factory.mktemp("worker") / "worker.log"
     with WorkerProcess(server.url, log, env={"CORTEX_TEST_GATE": str(gate)}) as worker:
         yield worker
+
+
+@pytest.fixture(autouse=True)
+def _nothing_known(worker: WorkerProcess) -> None:
+    forget_answers(worker.url)
 
 
 @pytest.fixture

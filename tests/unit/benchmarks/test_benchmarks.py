@@ -33,6 +33,14 @@ FIELDS = {
         "encode_ratio",
     ),
     "latency": ("idle_overhead_ms", "idle_p99_ms", "interactive_p99_under_bulk_ms", "bulk_batch_ms"),
+    "cache": (
+        "map_hits_per_s",
+        "near_hit_us",
+        "l2_hit_over_get_ms",
+        "miss_cost_ratio",
+        "zipf_speedup",
+        "single_flight_forwards",
+    ),
     "startup": ("import_ms", "load_ms", "warm_ms", "first_answer_ms"),
 }
 
@@ -52,7 +60,7 @@ def checked(name: str, line: str) -> dict[str, Any]:
     for field in FIELDS[name]:
         assert math.isfinite(figures[field]), field
         # A difference of two medians may be anything on a busy machine; all else is a duration, a rate or a share.
-        assert figures[field] > 0 or field == "idle_overhead_ms", field
+        assert figures[field] > 0 or field in ("idle_overhead_ms", "l2_hit_over_get_ms"), field
     return figures
 
 
@@ -86,3 +94,11 @@ def test_startup_with_its_card() -> None:
     figures = checked("startup", lines[-1])
     assert figures["first_answer_ms"] > figures["load_ms"]
     assert any(line.startswith("loading the model") for line in lines)
+
+
+@pytest.mark.fleet
+@pytest.mark.models
+def test_cache() -> None:
+    figures = checked("cache", run("cache", "--json-only")[-1])
+    # Whatever the speed: eight processes that ask for the same thousand texts have each computed once.
+    assert figures["single_flight_forwards"] == 1000
