@@ -21,7 +21,7 @@ from redis.retry import Retry
 from cortex_tasks.app import make_app
 from cortex_tasks.cache.breaker import Breaker
 from cortex_tasks.cache.counters import Counters
-from cortex_tasks.cache.tiers import cache_options
+from cortex_tasks.cache.tiers import BULK_TIMEOUT_S, cache_options
 from cortex_tasks.catalog import nearest
 from cortex_tasks.codec import HEADER
 from cortex_tasks.config import Delivery, FleetConfig, Settings, load_fleet, mask_url
@@ -82,7 +82,7 @@ class Wiring:
 
     def _new_desk(self, events: Events) -> CacheDesk:
         """The result cache's part of this worker."""
-        client = redis.Redis.from_url(self.settings.cache, **cache_options(Retry(NoBackoff(), 0)))
+        client = redis.Redis.from_url(self.settings.cache, **cache_options(Retry(NoBackoff(), 0), BULK_TIMEOUT_S))
         # No blanks: a claim in Redis is the owner and its lane.
         owner = f"{os.getpid()}@{socket.gethostname()}:{uuid4().hex[:8]}".replace(" ", "_")
         breaker = Breaker(mask_url(self.settings.cache))

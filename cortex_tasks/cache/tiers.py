@@ -21,17 +21,19 @@ __all__ = ["AsyncCache", "Cache", "cache_options"]
 
 _log = logging.getLogger(__name__)
 
-#: A look that takes longer is worth less than it costs.
+#: A look that takes longer is worth less than it costs: for one input, and for so many that computing them takes long.
 LOOK_TIMEOUT_S: Final = 0.02
+BULK_TIMEOUT_S: Final = 0.1
+_BULK_KEYS: Final = 64
 CONNECT_TIMEOUT_S: Final = 0.05
 _CONNECTIONS: Final = 16
 
 Found = list[Result | None]
 
 
-def cache_options(retry: Any) -> dict[str, Any]:
+def cache_options(retry: Any, timeout_s: float) -> dict[str, Any]:
     """redis-py's options for connections to the cache: quick to give up."""
-    return {"socket_timeout": LOOK_TIMEOUT_S, "socket_connect_timeout": CONNECT_TIMEOUT_S, "retry": retry}
+    return {"socket_timeout": timeout_s, "socket_connect_timeout": CONNECT_TIMEOUT_S, "retry": retry}
 
 
 class Cache:
@@ -41,7 +43,12 @@ class Cache:
         self.shelf = shelf
         self.breaker = Breaker(mask_url(settings.cache), shelf.clock)
         # Any: redis-py types its commands for both of its clients at once.
-        self._redis: Any = redis.Redis.from_url(settings.cache, **cache_options(redis.retry.Retry(NoBackoff(), 0)))
+        self._quick: Any = self._connect(settings, LOOK_TIMEOUT_S)
+        self._bulk: Any = self._connect(settings, BULK_TIMEOUT_S)
+
+    @staticmethod
+    def _connect(settings: Settings, timeout_s: float) -> Any:
+        return redis.Redis.from_url(settings.cache, **cache_options(redis.retry.Retry(NoBackoff(), 0), timeout_s))
 
     def nearby(self, question: Question, value: Any) -> Result | None:
         """The answer to one checked input, if it is in near memory."""
@@ -68,14 +75,15 @@ class Cache:
             counters.add(alias, skipped=1)
             return None
         counts = counters.take() if counters.due else {}
+        client = self._quick if len(names) <= _BULK_KEYS else self._bulk
         try:
             if counts:
-                with self._redis.pipeline(transaction=False) as pipe:
+                with client.pipeline(transaction=False) as pipe:
                     pipe.mget(names)
                     tell(pipe, counts)
                     replies = pipe.execute()[0]
             else:
-                replies = self._redis.mget(names)
+                replies = client.mget(names)
         except (RedisError, OSError) as error:
             counters.give_back(counts)
             breaker.failed(error)
@@ -88,12 +96,13 @@ class Cache:
         counts = self.shelf.counters.take()
         if counts and not self.breaker.open:
             try:
-                with self._redis.pipeline(transaction=False) as pipe:
+                with self._quick.pipeline(transaction=False) as pipe:
                     tell(pipe, counts)
                     pipe.execute()
             except (RedisError, OSError) as error:
                 _log.debug("the cache's counts could not be told: %s", error)
-        self._redis.close()
+        self._quick.close()
+        self._bulk.close()
 
 
 class AsyncCache:
@@ -105,11 +114,14 @@ class AsyncCache:
 
         self.shelf = shelf
         self.breaker = Breaker(mask_url(settings.cache), shelf.clock)
-        self._redis: Any = Redis.from_pool(
-            BlockingConnectionPool.from_url(
-                settings.cache, **cache_options(Retry(NoBackoff(), 0)), max_connections=_CONNECTIONS, timeout=None
+
+        def connect(timeout_s: float) -> Any:
+            options = cache_options(Retry(NoBackoff(), 0), timeout_s)
+            return Redis.from_pool(
+                BlockingConnectionPool.from_url(settings.cache, **options, max_connections=_CONNECTIONS, timeout=None)
             )
-        )
+
+        self._quick, self._bulk = connect(LOOK_TIMEOUT_S), connect(BULK_TIMEOUT_S)
 
     def nearby(self, question: Question, value: Any) -> Result | None:
         """The answer to one checked input, if it is in near memory."""
@@ -136,14 +148,15 @@ class AsyncCache:
             counters.add(alias, skipped=1)
             return None
         counts = counters.take() if counters.due else {}
+        client = self._quick if len(names) <= _BULK_KEYS else self._bulk
         try:
             if counts:
-                async with self._redis.pipeline(transaction=False) as pipe:
+                async with client.pipeline(transaction=False) as pipe:
                     pipe.mget(names)
                     tell(pipe, counts)
                     replies = (await pipe.execute())[0]
             else:
-                replies = await self._redis.mget(names)
+                replies = await client.mget(names)
         except (RedisError, OSError) as error:
             counters.give_back(counts)
             breaker.failed(error)
@@ -156,10 +169,11 @@ class AsyncCache:
         counts = self.shelf.counters.take()
         if counts and not self.breaker.open:
             try:
-                async with self._redis.pipeline(transaction=False) as pipe:
+                async with self._quick.pipeline(transaction=False) as pipe:
                     tell(pipe, counts)
                     await pipe.execute()
             except (RedisError, OSError) as error:
                 _log.debug("the cache's counts could not be told: %s", error)
-        await self._redis.aclose()
-        await self._redis.connection_pool.disconnect()
+        for client in (self._quick, self._bulk):
+            await client.aclose()
+            await client.connection_pool.disconnect()
