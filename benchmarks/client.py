@@ -130,6 +130,35 @@ async def _one_by_one(model: str, source: Iterable[str]) -> list[float]:
     return latencies_ms
 
 
+class _Turns:
+    """A client that stays open from one command to the next, for texts asked in turns with something else."""
+
+    def begin(self, *, model: str) -> dict[str, Any]:
+        self._model, self._loop = model, asyncio.Runner()
+        self._loop.run(self._open())
+        return {}
+
+    async def _open(self) -> None:
+        self._cortex = AsyncCortex(timeout_s=_TIMEOUT_S)
+        # Connects, subscribes, and finds the worker awake.
+        for text in islice(texts.short(-1), 5):
+            await self._cortex.embed(text, model=self._model, cache="off")
+
+    def ask(self, *, kind: str, seed: int) -> dict[str, Any]:
+        """The milliseconds of one text."""
+        return {"latency_ms": self._loop.run(self._ask(next(_KINDS[kind](seed))))}
+
+    async def _ask(self, text: str) -> float:
+        began_s = time.perf_counter()
+        await self._cortex.embed(text, model=self._model, cache="off")
+        return (time.perf_counter() - began_s) * 1e3
+
+    def end(self) -> dict[str, Any]:
+        self._loop.run(self._cortex.aclose())
+        self._loop.close()
+        return {}
+
+
 def arrivals(*, model: str, seed: int, rate_per_s: float, seconds: float) -> dict[str, Any]:
     """Single texts that arrive as they would from many strangers (Poisson), whether or not answers keep up.
 
@@ -162,7 +191,11 @@ async def _arrivals(model: str, source: Iterator[str], due_s: list[float]) -> li
 
 
 if __name__ == "__main__":
+    turns = _Turns()
     serve(
+        begin_turns=turns.begin,
+        one_turn=turns.ask,
+        end_turns=turns.end,
         hello=hello,
         first=first,
         singles=singles,

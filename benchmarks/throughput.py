@@ -58,13 +58,20 @@ def measure(seconds: float, say: Say) -> Figures:
     with Peer("benchmarks.engine", {}) as engine:
         say("loading the raw engine")
         about = engine.ask("hello")
+        say("which batches are fastest")
+        budget_tokens = engine.ask("budget")["tokens"]
         raw = _Raw(engine, seconds)
         figures = _fleet(raw, seconds, say)
         say("SentenceTransformer.encode")
         figures["encode_ratio"] = raw.share(_encode, engine, raw.count)
         figures |= _naive(raw, about["snapshot"], seconds / 2, say)
     spread = max(raw.rates) / min(raw.rates)
-    about_raw = {"raw_spread": spread, "raw_rates_per_s": raw.rates, "threads": about["threads"]}
+    about_raw = {
+        "raw_budget_tokens": budget_tokens,
+        "raw_spread": spread,
+        "raw_rates_per_s": raw.rates,
+        "threads": about["threads"],
+    }
     return {"raw_per_s": raw.per_s, **about_raw, **figures}
 
 

@@ -27,7 +27,9 @@ __all__ = [
     "CONTENT_TYPE",
     "HEADER",
     "PRIORITY_STEPS",
+    "REPLY_MAGIC",
     "Answer",
+    "Heard",
     "dumps",
     "lane_of",
     "loads",
@@ -35,6 +37,7 @@ __all__ = [
     "priority_of",
     "queue_key",
     "queue_keys",
+    "read_reply",
     "register_serializer",
     "reply_channel",
     "result_key",
@@ -56,7 +59,12 @@ _REPLY_PREFIX: Final = "cortex:reply:"
 _RESULT_PREFIX: Final = "celery-task-meta-"
 
 _MAGIC: Final = b"CXP1"
+#: Begins a message on a reply channel that carries results.
+REPLY_MAGIC: Final = b"CXR1"
+#: A finished job's id, and its result meta where the announcement carried it.
+Heard = tuple[str, bytes | None]
 _LENGTH: Final = struct.Struct("<I")
+_LENGTHS: Final = struct.Struct("<II")
 
 
 # ------------------------------------------------------------------------------------------- names in Redis
@@ -89,7 +97,7 @@ def result_key(job_id: str) -> str:
 
 
 def reply_channel(client_id: str) -> str:
-    """The channel of one client, its jobs' ``reply_to``. A message is the finished jobs' ids, space-separated."""
+    """The channel of one client, its jobs' ``reply_to``; ``read_reply`` reads its messages."""
     return f"{_REPLY_PREFIX}{client_id}"
 
 
@@ -97,6 +105,28 @@ def is_reply_channel(reply_to: Any) -> bool:
     """Whether a message's ``reply_to`` names a Cortex client's channel (stock Celery puts a bare id there, and
     anyone may put anything there)."""
     return isinstance(reply_to, str) and reply_to.startswith(_REPLY_PREFIX) and reply_to.isascii()
+
+
+def read_reply(message: bytes) -> list[Heard]:
+    """The finished jobs that a message on a reply channel names, each with its result meta if that is carried.
+
+    A message is the jobs' ids, space-separated; or ``CXR1``, then for each job the lengths of its id and of its meta
+    (little-endian uint32; 0: not carried), the id and the meta. What is torn or forged is left out.
+    """
+    if not message.startswith(REPLY_MAGIC):
+        return [(job_id, None) for job_id in message.decode(errors="replace").split()]
+    found: list[Heard] = []
+    at = len(REPLY_MAGIC)
+    while at + _LENGTHS.size <= len(message):
+        id_bytes, meta_bytes = _LENGTHS.unpack_from(message, at)
+        middle = at + _LENGTHS.size + id_bytes
+        end = middle + meta_bytes
+        if end > len(message):
+            break
+        job_id = message[at + _LENGTHS.size : middle].decode(errors="replace")
+        found.append((job_id, message[middle:end] or None))
+        at = end
+    return found
 
 
 # ------------------------------------------------------------------------------------------------- answers

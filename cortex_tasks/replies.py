@@ -2,8 +2,9 @@
 
 ``Book`` knows which answers are awaited, what to fetch and when; it does no IO and reads no clock. ``Replies``
 drives it with a thread, ``AsyncReplies`` with a task. A worker announces the jobs that it finished together in one
-message; their result keys are then fetched in one round trip. An announcement may be lost, and a stock worker
-makes none: so keys are polled as well, first soon, then at growing intervals, and at once after a reconnect.
+message, which carries their results unless they are long; those are fetched in one round trip. An announcement may be
+lost, and a stock worker makes none: so keys are polled as well, first soon, then at growing intervals, and at once
+after a reconnect.
 """
 
 from __future__ import annotations
@@ -141,9 +142,15 @@ class Book:
         """Announcements may have been missed: look for every answer at once."""
         self._next_poll = 0.0
 
-    def announced(self, job_ids: Iterable[str]) -> list[str]:
-        """Which of the announced jobs to fetch."""
-        return [job_id for job_id in job_ids if job_id in self._awaited]
+    def heard(self, jobs: Iterable[codec.Heard], now: float) -> list[str]:
+        """Take the results that announcements carried; returns which of the announced jobs to fetch."""
+        wanted = [(job_id, raw) for job_id, raw in jobs if job_id in self._awaited]
+        for job_id, raw in wanted:
+            if raw is not None:
+                self.received([job_id], [raw], now, announced=False)
+        if wanted:
+            self._soon(now)
+        return [job_id for job_id, raw in wanted if raw is None]
 
     def due(self, now: float) -> list[str]:
         """The jobs to poll for, if it is time to."""
@@ -283,8 +290,8 @@ class Replies:
             wait_s = self._book.wait_s(self._clock())
         heard = self._wire.receive(min(wait_s, self._NAP_S))
         with self._changed:
-            announced = self._book.announced(heard)
-            due = self._book.due(self._clock())
+            now = self._clock()
+            announced, due = self._book.heard(heard, now), self._book.due(now)
         for ids, was_announced in ((announced, True), (due, False)):
             for chunk in _chunks(ids):
                 raws = self._wire.fetch(chunk)
@@ -358,7 +365,8 @@ class AsyncReplies:
     async def _turn(self) -> None:
         wait_s = self._book.wait_s(self._clock())
         heard = await self._wire.receive(min(wait_s, self._NAP_S))
-        announced, due = self._book.announced(heard), self._book.due(self._clock())
+        now = self._clock()
+        announced, due = self._book.heard(heard, now), self._book.due(now)
         for ids, was_announced in ((announced, True), (due, False)):
             for chunk in _chunks(ids):
                 raws = await self._wire.fetch(chunk)

@@ -95,6 +95,7 @@ class Settings(BaseModel):
     pool: Literal["cortex", "stock"] = "cortex"
     transport: Literal["cortex", "stock"] = "cortex"
     backend: Literal["cortex", "stock"] = "cortex"
+    tracer: Literal["cortex", "stock"] = "cortex"
 
     @classmethod
     def from_env(cls, environ: Mapping[str, str] | None = None) -> Settings:

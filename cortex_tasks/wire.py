@@ -25,7 +25,7 @@ from redis.exceptions import (
     ResponseError,
 )
 
-from cortex_tasks.codec import queue_keys, result_key
+from cortex_tasks.codec import Heard, queue_keys, read_reply, result_key
 from cortex_tasks.config import Settings, mask_url
 from cortex_tasks.errors import BrokerUnavailable, ConfigError
 from cortex_tasks.presence import WORKERS_KEY, WorkerCard, parse_cards, read_cards, worker_key
@@ -59,8 +59,8 @@ class Wire(Protocol):
     def listen(self, channel: str) -> None:
         """Subscribe, on a connection of its own. Returns when the subscription stands."""
 
-    def receive(self, timeout_s: float) -> list[str]:
-        """Ids of finished jobs that were announced; waits for the first up to ``timeout_s``."""
+    def receive(self, timeout_s: float) -> list[Heard]:
+        """Finished jobs that were announced, some with their result meta; waits for the first up to ``timeout_s``."""
 
     def unlisten(self) -> None:
         """Give the subscription's connection back."""
@@ -84,7 +84,7 @@ class AsyncWire(Protocol):
     async def push(self, envelope: Envelope, messages: Sequence[bytes], *, partial: bool) -> tuple[int, int]: ...
     async def fetch(self, job_ids: Sequence[str]) -> list[bytes | None]: ...
     async def listen(self, channel: str) -> None: ...
-    async def receive(self, timeout_s: float) -> list[str]: ...
+    async def receive(self, timeout_s: float) -> list[Heard]: ...
     async def unlisten(self) -> None: ...
     async def revoke(self, job_ids: Sequence[str]) -> None: ...
     async def cards(self) -> list[WorkerCard]: ...
@@ -144,11 +144,8 @@ def _client_options(settings: Settings, retry: Any) -> dict[str, Any]:
     }
 
 
-def _announced(message: Any) -> list[str]:
-    if message["type"] != "message":
-        return []
-    ids: list[str] = message["data"].decode(errors="replace").split()
-    return ids
+def _announced(message: Any) -> list[Heard]:
+    return read_reply(message["data"]) if message["type"] == "message" else []
 
 
 @contextmanager
@@ -209,17 +206,17 @@ class RedisWire:
             pubsub.get_message(timeout=COMMAND_TIMEOUT_S)
             self._pubsub = pubsub
 
-    def receive(self, timeout_s: float) -> list[str]:
+    def receive(self, timeout_s: float) -> list[Heard]:
         if self._pubsub is None:
             time.sleep(timeout_s)
             return []
-        ids: list[str] = []
+        heard: list[Heard] = []
         with _reaching(self._results_url):
             message = self._pubsub.get_message(timeout=timeout_s)
             while message is not None:
-                ids += _announced(message)
+                heard += _announced(message)
                 message = self._pubsub.get_message()
-        return ids
+        return heard
 
     def unlisten(self) -> None:
         if self._pubsub is not None:
@@ -292,17 +289,17 @@ class AsyncRedisWire:
             await pubsub.get_message(timeout=COMMAND_TIMEOUT_S)
             self._pubsub = pubsub
 
-    async def receive(self, timeout_s: float) -> list[str]:
+    async def receive(self, timeout_s: float) -> list[Heard]:
         if self._pubsub is None:
             await sleep(timeout_s)
             return []
-        ids: list[str] = []
+        heard: list[Heard] = []
         with _reaching(self._results_url):
             message = await self._pubsub.get_message(timeout=timeout_s)
             while message is not None:
-                ids += _announced(message)
+                heard += _announced(message)
                 message = await self._pubsub.get_message()
-        return ids
+        return heard
 
     async def unlisten(self) -> None:
         if self._pubsub is not None:

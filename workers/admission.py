@@ -90,7 +90,7 @@ class Admission:
     def take(self) -> Batch[Slot] | None:
         """The next batch; None when nothing is in line."""
         with self._line_lock:
-            return self._line.take(self._budget)
+            return self._line.take(self._budget, self._brief_budget)
 
     def clear(self) -> list[Job]:
         """Everyone who is not in line yet, taken out: for a stop."""
@@ -102,6 +102,9 @@ class Admission:
 
     def _budget(self, alias: str) -> Budget:
         return self._registry.model(alias).budget
+
+    def _brief_budget(self, alias: str) -> Budget:
+        return self._registry.model(alias).brief_budget
 
     # ------------------------------------------------------------------------------- admission
 

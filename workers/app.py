@@ -36,7 +36,7 @@ from workers.flights import FlightTower
 from workers.health import Health
 from workers.herald import Herald
 from workers.registry import Registry
-from workers.resources import calm_openmp, device, threads_for
+from workers.resources import calm_collector, calm_openmp, device, threads_for
 from workers.runner import Runner
 from workers.runtime import Job, answer, run_alone
 from workers.tasks import register_tasks, to_job
@@ -149,6 +149,7 @@ class Wiring:
         pinned = [alias for alias, model in registry.models.items() if model.config.load == "pinned"]
         with ThreadPoolExecutor(max_workers=max(1, len(pinned)), thread_name_prefix="load") as executor:
             list(executor.map(self._load_pinned, pinned))
+        calm_collector()
         for runner in self._all_runners():
             runner.start()
         self._desk.start()

@@ -4,7 +4,8 @@ Items wait in two lanes. The head is the item with the earliest deadline, then t
 whose turn it is: interactive first, with one bulk batch after ``INTERACTIVE_STREAK`` interactive ones while bulk
 waits, so that neither lane starves. The batch is filled with the head's neighbours *by length* of the same group
 and lane, so that little is padded, up to the model's budget. Length-sorted filling with a padded-token budget is
-text-embeddings-inference's and infinity's; taking the window around the most urgent item is ours.
+text-embeddings-inference's and infinity's; taking the window around the most urgent item is ours. While interactive
+items come, bulk batches are brief, since whoever comes next waits for the one that runs.
 """
 
 from __future__ import annotations
@@ -20,10 +21,12 @@ from typing import Final, Generic, NamedTuple, TypeVar
 
 from cortex_tasks.payloads import Lane
 
-__all__ = ["INTERACTIVE_STREAK", "Batch", "Batcher", "Budget", "Group", "Waiting"]
+__all__ = ["BRIEF_AFTER", "INTERACTIVE_STREAK", "Batch", "Batcher", "Budget", "Group", "Waiting"]
 
 T = TypeVar("T")
 
+#: A bulk batch is brief when one of so many batches before it was interactive.
+BRIEF_AFTER: Final = 16
 #: Interactive batches in a row after which a waiting bulk batch gets its turn.
 INTERACTIVE_STREAK: Final = 8
 
@@ -80,6 +83,8 @@ class Batcher(Generic[T]):
         self._seq = count()
         self._size = 0
         self._streak = 0
+        #: Batches since the last interactive one.
+        self._since_interactive = BRIEF_AFTER
         #: lane -> heap of (deadline, seq, item); taken items stay until they surface.
         self._heads: dict[Lane, list[tuple[float, int, Waiting[T]]]] = {"interactive": [], "bulk": []}
         #: (group, lane) -> (cost, seq, item), sorted.
@@ -96,13 +101,16 @@ class Batcher(Generic[T]):
             insort(self._by_length[item.group, item.lane], (item.cost_tokens, item._seq, item))
         self._size += 1
 
-    def take(self, budget: Callable[[str], Budget]) -> Batch[T] | None:
-        """The next batch, or None when nothing waits. ``budget`` gives a model's limits."""
+    def take(self, budget: Callable[[str], Budget], brief: Callable[[str], Budget] | None = None) -> Batch[T] | None:
+        """The next batch, or None when nothing waits. ``budget`` gives a model's limits, ``brief`` those of a bulk
+        batch between interactive ones (default: the same)."""
         lane = self._next_lane()
         if lane is None:
             return None
         head = heapq.heappop(self._heads[lane])[2]
-        limit = budget(head.group.model)
+        self._since_interactive = 0 if lane == "interactive" else self._since_interactive + 1
+        hurried = lane == "bulk" and self._since_interactive <= BRIEF_AFTER
+        limit = (brief if brief and hurried else budget)(head.group.model)
         chosen = [head] if head.alone else self._fill(head, limit)
         for item in chosen:
             item._taken = True

@@ -18,6 +18,8 @@ __all__ = ["BudgetLearner", "candidates"]
 _SMALLEST_TOKENS: Final = 128
 #: A larger budget must be this much better than a smaller one.
 _MARGIN: Final = 1.03
+#: A brief batch may be this much slower, by the token.
+_BRIEF_MARGIN: Final = 1.15
 #: Weight of a new observation.
 _WEIGHT: Final = 0.2
 #: One full batch in so many tries a neighbour.
@@ -71,6 +73,13 @@ class BudgetLearner:
     def best_tokens(self) -> int:
         """The best budget known."""
         return self._steps[self._best]
+
+    @property
+    def brief_tokens(self) -> int:
+        """For a batch that others wait behind: the smallest budget that costs little throughput."""
+        rates = {step: rate for step, rate in self.rates().items() if step <= self.best_tokens}
+        good_enough = max(rates.values(), default=0.0) / _BRIEF_MARGIN
+        return min((step for step, rate in rates.items() if rate >= good_enough), default=self.best_tokens)
 
     def rates(self) -> dict[int, float]:
         """Tokens a second by budget, of the budgets measured so far."""

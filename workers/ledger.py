@@ -28,6 +28,11 @@ class Ledger:
                 self._since_s = self._clock()
             self._entries += entries
 
+    @property
+    def waiting(self) -> bool:
+        """Whether any entry is to be stored."""
+        return bool(self._entries)
+
     def store_left(self, after_s: float) -> None:
         """Store what has waited for so long, over the cache's own connection."""
         with self._lock:

@@ -61,6 +61,11 @@ class Model:
         return Budget(batching.max_items, tokens)
 
     @property
+    def brief_budget(self) -> Budget:
+        """What a bulk pass may hold while interactive ones come."""
+        return self.budget._replace(max_padded_tokens=self.learner.brief_tokens) if self.learner else self.budget
+
+    @property
     def loaded(self) -> Adapter:
         """The adapter of a ready model. Raises ModelUnavailable otherwise."""
         if self.adapter is None:

@@ -7,6 +7,7 @@ import queue
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from cortex_tasks.codec import Heard
 from cortex_tasks.presence import WorkerCard
 from cortex_tasks.publish import Envelope
 
@@ -32,10 +33,10 @@ class MemoryWire:
         self._channel = channel
         self._fleet.listen(channel, self._heard.put)
 
-    def receive(self, timeout_s: float) -> list[str]:
+    def receive(self, timeout_s: float) -> list[Heard]:
         self._fleet.reach()
         try:
-            return self._heard.get(timeout=timeout_s)
+            return [(job_id, None) for job_id in self._heard.get(timeout=timeout_s)]
         except queue.Empty:
             return []
 
@@ -73,10 +74,10 @@ class AsyncMemoryWire:
 
         self._fleet.listen(channel, heard)
 
-    async def receive(self, timeout_s: float) -> list[str]:
+    async def receive(self, timeout_s: float) -> list[Heard]:
         self._fleet.reach()
         try:
-            return await asyncio.wait_for(self._heard.get(), timeout_s)
+            return [(job_id, None) for job_id in await asyncio.wait_for(self._heard.get(), timeout_s)]
         except TimeoutError:
             return []
 

@@ -26,6 +26,7 @@ ALL_HOOKS = {"CORTEX_POOL": "cortex", "CORTEX_BACKEND": "cortex", "CORTEX_TRANSP
 SETUPS: dict[str, tuple[dict[str, str], tuple[str, ...]]] = {
     "cortex": (ALL_HOOKS, ()),
     "stock-backend": ({**ALL_HOOKS, "CORTEX_BACKEND": "stock"}, ()),
+    "stock-tracer": ({**ALL_HOOKS, "CORTEX_TRACER": "stock"}, ()),
     "stock-transport": ({**ALL_HOOKS, "CORTEX_TRANSPORT": "stock"}, ()),
     "stock-pool-threads": ({**ALL_HOOKS, "CORTEX_POOL": "stock"}, ("-P", "threads", "-c", "4")),
     "all-stock-solo": (

@@ -1,4 +1,4 @@
-"""Result backend: the results of a batch in one round trip, and one message a client to announce them.
+"""Result backend: the results of a batch in one round trip, and one message a client that carries or announces them.
 
 Touches ``RedisBackend._store_result`` (celery 5.7): the buffered path leaves out its GET, which keeps a late
 duplicate from overwriting a success. Ours are idempotent: a second run of a job gives the same answer.
@@ -10,17 +10,65 @@ import logging
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Final, NamedTuple, Protocol
 
 from celery import states
 from celery.backends.redis import RedisBackend
 
-from cortex_tasks.codec import is_reply_channel
+from cortex_tasks.codec import REPLY_MAGIC, Answer, is_reply_channel, result_key
 from cortex_tasks.errors import InferenceFailed
 
 __all__ = ["BatchedRedisBackend"]
 
 logger = logging.getLogger(__name__)
+
+
+#: A longer result is stored by plain commands and only announced: a script would hold Redis up with copying it.
+_SCRIPTED_BYTES: Final = 256 * 1024
+#: Of one call of the script.
+_CALL_RESULTS: Final = 512
+_CALL_BYTES: Final = 4 * 1024 * 1024
+#: A longer result is announced by its id, and its client fetches it: a subscription is no place for megabytes.
+_CARRIED_BYTES: Final = 64 * 1024
+
+# Store results, publish each on the channel of its key (where a stock AsyncResult listens), and put the results of a
+# client's jobs into one message on its reply channel, as ``codec.read_reply`` reads it.
+# KEYS: the results' keys. ARGV: magic, length of the keys' prefix, longest result that is carried (bytes), then for
+# each result: seconds to live (0: for ever), reply channel ("": none), result.
+# Returns the first refusal of a publication (a user of an ACL may lack the channel), or "".
+_STORE = """
+local clients, order, refused = {}, {}, ''
+local function publish(channel, message)
+  local reply = redis.pcall('PUBLISH', channel, message)
+  if type(reply) == 'table' and reply.err and refused == '' then refused = reply.err end
+end
+for i, key in ipairs(KEYS) do
+  local ttl, channel, result = ARGV[3 * i + 1], ARGV[3 * i + 2], ARGV[3 * i + 3]
+  if ttl == '0' then
+    redis.call('SET', key, result)
+  else
+    redis.call('SET', key, result, 'EX', ttl)
+  end
+  publish(key, result)
+  if channel ~= '' then
+    local parts = clients[channel]
+    if not parts then
+      parts = {ARGV[1]}
+      clients[channel] = parts
+      order[#order + 1] = channel
+    end
+    local id = string.sub(key, tonumber(ARGV[2]) + 1)
+    local carried = #result <= tonumber(ARGV[3]) and result or ''
+    parts[#parts + 1] = struct.pack('<I4I4', #id, #carried)
+    parts[#parts + 1] = id
+    parts[#parts + 1] = carried
+  end
+end
+for _, channel in ipairs(order) do
+  publish(channel, table.concat(clients[channel]))
+end
+return refused
+"""
 
 
 class _Stored(NamedTuple):
@@ -34,11 +82,29 @@ class _Stored(NamedTuple):
 class Rider(Protocol):
     """``workers.ledger.Ledger``, as far as the backend knows it."""
 
+    @property
+    def waiting(self) -> bool:
+        """Whether there is anything to board."""
+
     def board(self, pipe: Any) -> int:
         """Add commands to a pipeline; returns how many. Their failure is no failure of the results."""
 
     def turned_back(self) -> None:
         """The pipeline could not be sent."""
+
+
+def _calls(stored: Sequence[_Stored]) -> Iterator[list[_Stored]]:
+    """As many results at a time as one call of the script should carry."""
+    call: list[_Stored] = []
+    size_bytes = 0
+    for entry in stored:
+        if call and (len(call) == _CALL_RESULTS or size_bytes + len(entry.payload) > _CALL_BYTES):
+            yield call
+            call, size_bytes = [], 0
+        call.append(entry)
+        size_bytes += len(entry.payload)
+    if call:
+        yield call
 
 
 class BatchedRedisBackend(RedisBackend):
@@ -54,6 +120,7 @@ class BatchedRedisBackend(RedisBackend):
         self._told_refused = False
         #: Entries of the result cache that go along with results, where both live in one Redis.
         self.rider: Rider | None = None
+        self._script: Any = None
 
     @contextmanager
     def collecting(self) -> Iterator[None]:
@@ -64,44 +131,91 @@ class BatchedRedisBackend(RedisBackend):
         finally:
             self._collecting = False
 
+    def collect_success(self, job_id: str, answer: Answer, reply_to: str | None) -> None:
+        """Let a plain job's SUCCESS wait for ``flush``. Raises what ``encode`` raises."""
+        meta = {
+            "status": states.SUCCESS,
+            "result": answer,
+            "traceback": None,
+            "children": [],
+            "date_done": self.app.now().isoformat(),
+            "task_id": job_id,
+        }
+        self._stored.append(_Stored(result_key(job_id), self.encode(meta), self.expires, job_id, reply_to))
+
     def flush(self) -> None:
-        """Send what was collected in one round trip. Raises what redis-py raises when something could not be stored,
-        and keeps all of it for the next try. An announcement that cannot be made is no loss: clients also look."""
-        if not self._stored:
-            return
-        finished: dict[str, list[str]] = defaultdict(list)
+        """Send what was collected, in one round trip but for exceptional sizes. Raises what redis-py raises when
+        something could not be stored, and keeps it for the next try. An announcement that cannot be made is no loss:
+        clients also look."""
+        small = [entry for entry in self._stored if len(entry.payload) <= _SCRIPTED_BYTES]
+        large = [entry for entry in self._stored if len(entry.payload) > _SCRIPTED_BYTES]
+        self._stored = [*large, *small]
+        if large:
+            self._flush_large(large)
+        del self._stored[: len(large)]
+        for call in _calls(small):
+            self._flush_small(call)
+            del self._stored[: len(call)]
+
+    def _flush_small(self, stored: Sequence[_Stored]) -> None:
+        if self._script is None:
+            self._script = self.client.register_script(_STORE)
+        arguments: list[Any] = [REPLY_MAGIC, len(result_key("")), _CARRIED_BYTES]
+        for entry in stored:
+            channel = entry.reply_to if is_reply_channel(entry.reply_to) else ""
+            arguments += (entry.expires_s or 0, channel, entry.payload)
+        keys = [entry.key for entry in stored]
+        if self.rider is not None and self.rider.waiting:
+            self._note_refusal(self._send_with_rider(keys, arguments))
+        else:
+            self._note_refusal(self._script(keys, arguments))
+
+    def _send_with_rider(self, keys: Sequence[str], arguments: Sequence[Any]) -> Any:
         with self.client.pipeline(transaction=False) as pipe:
             # First, so that who hears of an answer finds it in the cache.
-            riding = self.rider.board(pipe) if self.rider else 0
-            for entry in self._stored:
+            riding = self._board(pipe)
+            # A pipeline asks for each script whether it is known, which is a round trip: send its text instead.
+            pipe.eval(_STORE, len(keys), *keys, *arguments)
+            reply = self._execute(pipe)[riding]
+        if isinstance(reply, Exception):
+            raise reply
+        return reply
+
+    def _board(self, pipe: Any) -> int:
+        return self.rider.board(pipe) if self.rider is not None else 0
+
+    def _execute(self, pipe: Any) -> list[Any]:
+        try:
+            replies: list[Any] = pipe.execute(raise_on_error=False)
+        except Exception:
+            if self.rider is not None:
+                self.rider.turned_back()
+            raise
+        return replies
+
+    def _flush_large(self, stored: Sequence[_Stored]) -> None:
+        finished: dict[str, list[str]] = defaultdict(list)
+        with self.client.pipeline(transaction=False) as pipe:
+            riding = self._board(pipe)
+            for entry in stored:
                 pipe.set(entry.key, entry.payload, ex=entry.expires_s or None)
-            for entry in self._stored:
+            for entry in stored:
                 pipe.publish(entry.key, entry.payload)
                 if is_reply_channel(entry.reply_to):
                     finished[str(entry.reply_to)].append(entry.task_id)
             for channel, ids in finished.items():
                 pipe.publish(channel, " ".join(ids))
             replies = self._execute(pipe)[riding:]
-        self._check(replies[: len(self._stored)], replies[len(self._stored) :])
-        self._stored.clear()
-
-    def _execute(self, pipe: Any) -> list[Any]:
-        try:
-            replies: list[Any] = pipe.execute(raise_on_error=False)
-        except Exception:
-            if self.rider:
-                self.rider.turned_back()
-            raise
-        return replies
-
-    def _check(self, stored: Sequence[Any], announced: Sequence[Any]) -> None:
-        for reply in stored:
+        for reply in replies[: len(stored)]:
             if isinstance(reply, Exception):
                 raise reply
-        refused = next((reply for reply in announced if isinstance(reply, Exception)), None)
-        if refused is not None and not self._told_refused:
+        self._note_refusal(next((reply for reply in replies[len(stored) :] if isinstance(reply, Exception)), None))
+
+    def _note_refusal(self, refused: Any) -> None:
+        if refused and not self._told_refused:
             self._told_refused = True
-            logger.warning("Redis refuses to announce answers (clients find them by polling): %s", refused)
+            said = refused.decode(errors="replace") if isinstance(refused, bytes) else refused
+            logger.warning("Redis refuses to announce answers (clients find them by polling): %s", said)
 
     def encode(self, data: Any) -> Any:
         """Raises InferenceFailed when the answer is longer than Redis takes."""

@@ -30,8 +30,9 @@ from redis.exceptions import RedisError
 from cortex_tasks.errors import CortexError, InferenceFailed, InvalidInput
 from workers.celery_hooks.backend import BatchedRedisBackend
 from workers.celery_hooks.leases import flush_acks, let_go
+from workers.celery_hooks.tracing import Tracer
 from workers.runtime import Job, answer
-from workers.tasks import InferenceTask, slot, to_job
+from workers.tasks import InferenceTask, to_job
 
 __all__ = ["BatchingPool", "Ticket"]
 
@@ -90,6 +91,7 @@ class BatchingPool(BasePool):
         self._tickets: dict[int, Ticket] = {}
         self._inbox: deque[tuple[str, Sequence[Job]]] = deque()
         self._unstored: list[tuple[Ticket, Any]] = []
+        self._tracer: Tracer
         self._wake_fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self.draining = False
 
@@ -98,6 +100,7 @@ class BatchingPool(BasePool):
     def on_start(self) -> None:
         """Load and warm the pinned models: the worker consumes only after this returns."""
         signals.worker_process_init.send(sender=None)
+        self._tracer = Tracer(self.app, always_stock=self.app.cortex.settings.tracer == "stock")
         self.app.cortex.start(self)
 
     def register_with_event_loop(self, loop: Any) -> None:
@@ -144,6 +147,10 @@ class BatchingPool(BasePool):
 
     # ------------------------------------------------------------------------------ jobs come in
 
+    def apply_async(self, target: Callable[..., Any], args: Any = None, kwargs: Any = None, **options: Any) -> Any:
+        """Stock, without the describing of arguments for a debugging log."""
+        return self.on_apply(target, args or (), kwargs, **options)
+
     def on_apply(
         self,
         target: Callable[..., Any],
@@ -160,19 +167,21 @@ class BatchingPool(BasePool):
             return apply_target(target, args, kwargs, callback, accept_callback, **options)
         # The payload was decoded once, by the Request: trace gets it decoded.
         name, task_id, headers = args[:3]
-        target_args = (name, task_id, headers, request._payload, None, None)
+        given, named, callbacks = payload = request._payload
+        target_args = (name, task_id, headers, payload, None, None)
         ticket = Ticket(
             self, next(self._numbers), request, target, target_args, accept_callback, callback, error_callback
         )
-        given, named, callbacks = request._payload
         if not (isinstance(task_id, str) and isinstance(given, list | tuple) and isinstance(named, dict)):
             raise TypeError("a job's id must be a text, its arguments a list and a mapping")
         if not isinstance(callbacks, dict | None):
             raise TypeError("a job's callbacks must be a mapping")
         self._tickets[ticket.number] = ticket
         try:
-            ticket.job = self._read(ticket, name, task_id, headers)
-            self.app.cortex.submit(ticket.job)
+            ticket.job = job = to_job(task_id, name, given, named, self.app.cortex.fleet, headers)
+            job.suspect = bool(request.delivery_info.get("redelivered"))
+            job.ticket = ticket
+            self.app.cortex.submit(job)
         except Exception as error:
             self.app.cortex.note_errors(1)
             ticket.outcome = _as_refusal(task_id, error)
@@ -180,17 +189,12 @@ class BatchingPool(BasePool):
             self._wake()
         return ticket
 
-    def _read(self, ticket: Ticket, name: str, task_id: str, headers: dict[str, Any]) -> Job:
-        args, kwargs, _ = ticket.request._payload
-        job = to_job(task_id, name, args, kwargs, self.app.cortex.fleet, headers)
-        job.suspect = bool(ticket.request.delivery_info.get("redelivered"))
-        job.ticket = ticket
-        return job
-
     # ------------------------------------------------- what runners tell, on the runners' threads
 
     def started(self, jobs: Sequence[Job]) -> None:
-        self._tell("started", jobs)
+        # Nobody is woken: telling the world would take the interpreter from the pass that begins now. The next wake
+        # tells it, at the latest the timer of ``register_with_event_loop``.
+        self._inbox.append(("started", jobs))
 
     def finished(self, jobs: Sequence[Job]) -> None:
         self._tell("finished", jobs)
@@ -280,16 +284,9 @@ class BatchingPool(BasePool):
         self._store()
 
     def _trace(self, ticket: Ticket) -> Any:
-        """Run Celery's tracer over the outcome; returns its triple, or the ExceptionInfo of what it raised."""
-        slot.put(ticket.outcome)
-        try:
-            failed, value, runtime_s = ticket.target(*ticket.target_args)
-        except Exception:
-            return ExceptionInfo()
-        finally:
-            slot.take()
+        """The triple that Celery's callbacks take, or the ExceptionInfo of what tracing raised."""
         model_s = ticket.job.watch.model_s if ticket.job else 0.0
-        return failed, value, (runtime_s or 0.0) + model_s
+        return self._tracer.trace(ticket.request.task, ticket.target, ticket.target_args, ticket.outcome, model_s)
 
     def _store(self) -> None:
         """Flush results and call back; while Redis is away, keep them and try again."""

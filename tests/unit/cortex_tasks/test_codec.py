@@ -202,3 +202,31 @@ def test_a_result_lies_where_stock_celery_looks() -> None:
     from celery.backends.base import KeyValueStoreBackend
 
     assert codec.result_key("id") == f"{KeyValueStoreBackend.task_keyprefix}id"
+
+
+# --------------------------------------------------------------------------------------------- reply messages
+
+
+def carried(*jobs: tuple[str, bytes]) -> bytes:
+    parts = [struct.pack("<II", len(job_id), len(meta)) + job_id.encode() + meta for job_id, meta in jobs]
+    return codec.REPLY_MAGIC + b"".join(parts)
+
+
+def test_a_reply_names_jobs_or_carries_their_results() -> None:
+    assert codec.read_reply(b"one two") == [("one", None), ("two", None)]
+    assert codec.read_reply(carried(("one", b"meta"), ("two", b""))) == [("one", b"meta"), ("two", None)]
+
+
+@given(st.binary(max_size=200))
+def test_any_reply_can_be_read(message: bytes) -> None:
+    codec.read_reply(message)
+    codec.read_reply(codec.REPLY_MAGIC + message)
+
+
+@given(st.integers(0, 60))
+def test_of_a_torn_reply_what_is_whole_is_read(length: int) -> None:
+    jobs = [("one", b"meta"), ("two", b"x" * 20), ("three", b"y" * 10)]
+    whole = carried(*jobs)
+    assert (
+        codec.read_reply(whole[: len(codec.REPLY_MAGIC) + length]) == jobs[: len(codec.read_reply(whole[: 4 + length]))]
+    )

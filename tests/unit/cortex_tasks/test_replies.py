@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from cortex_tasks import codec
+from cortex_tasks.codec import Heard
 from cortex_tasks.errors import BrokerUnavailable, ModelError, ResultLost
 from cortex_tasks.replies import (
     FETCH_KEYS,
@@ -46,11 +47,25 @@ def book_of(*ids: str, now: float = 100.0) -> tuple[Book, dict[str, Quiet]]:
 
 def test_an_announced_answer_is_fetched_and_settles_its_ticket() -> None:
     book, tickets = book_of("a", "b")
-    assert book.announced(["a", "stranger"]) == ["a"]
+    assert book.heard([("a", None), ("stranger", None)], 100.0) == ["a"]
     book.received(["a"], [DONE], 100.0, announced=True)
     assert tickets["a"].outcome == {"status": "SUCCESS", "result": 1}
     assert (tickets["b"].outcome, len(book)) == (None, 1)
-    assert book.announced(["a"]) == []
+    assert book.heard([("a", None)], 100.0) == []
+
+
+def test_an_answer_that_its_announcement_carries_is_not_fetched() -> None:
+    book, tickets = book_of("a", "b")
+    assert book.heard([("a", DONE), ("stranger", DONE), ("b", None)], 100.0) == ["b"]
+    assert tickets["a"].outcome == {"status": "SUCCESS", "result": 1}
+    assert (tickets["b"].outcome, len(book)) == (None, 1)
+    assert book.wait_s(100.0) == pytest.approx(0.05)
+
+
+def test_a_carried_answer_that_nobody_can_read_is_an_outcome() -> None:
+    book, tickets = book_of("a")
+    assert book.heard([("a", b"torn")], 100.0) == []
+    assert isinstance(tickets["a"].outcome, ModelError)
 
 
 def test_polling_begins_soon_and_grows_rarer() -> None:
@@ -144,7 +159,7 @@ class FakeWire:
 
     def __init__(self) -> None:
         self.stored: dict[str, bytes] = {}
-        self.heard: list[str] = []
+        self.heard: list[str | Heard] = []
         self.down = False
         self.listened = 0
         self.unlistened = 0
@@ -154,12 +169,12 @@ class FakeWire:
         self._check()
         self.listened += 1
 
-    def receive(self, timeout_s: float) -> list[str]:
+    def receive(self, timeout_s: float) -> list[Heard]:
         self._check()
         heard, self.heard = self.heard, []
         if not heard:
             threading.Event().wait(min(timeout_s, 0.002))
-        return heard
+        return [(one, None) if isinstance(one, str) else one for one in heard]
 
     def fetch(self, job_ids: Sequence[str]) -> list[bytes | None]:
         self._check()
@@ -180,7 +195,7 @@ class FakeAsyncWire:
     def __init__(self, wire: FakeWire) -> None:
         self._wire = wire
 
-    async def receive(self, timeout_s: float) -> list[str]:
+    async def receive(self, timeout_s: float) -> list[Heard]:
         await asyncio.sleep(0)
         return self._wire.receive(0.0)
 

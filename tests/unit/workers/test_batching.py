@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from workers.batching import INTERACTIVE_STREAK, Batcher, Budget, Group, Waiting
+from workers.batching import BRIEF_AFTER, INTERACTIVE_STREAK, Batcher, Budget, Group, Waiting
 
 EMBED = Group("minilm", "embed", "{}")
 OTHER = Group("minilm", "embed", '{"normalize":false}')
@@ -78,6 +78,23 @@ def test_bulk_gets_a_turn_under_a_stream_of_interactive_work() -> None:
         assert batch is not None
         seen.append(batch.items[0].payload)
     assert seen.index(-1) == INTERACTIVE_STREAK
+
+
+def test_bulk_batches_are_brief_as_long_as_interactive_items_come() -> None:
+    batcher: Batcher[int] = Batcher()
+
+    def taken() -> int:
+        batch = batcher.take(lambda _: limits(items=10), lambda _: limits(items=2))
+        assert batch is not None
+        return len(batch.items)
+
+    for number in range(200):
+        batcher.add(Waiting(number, EMBED, lane="bulk"))
+    assert taken() == 10
+    for number in range(5):
+        batcher.add(Waiting(number, EMBED))
+    assert taken() == 5, "an interactive batch takes what there is"
+    assert [taken() for _ in range(BRIEF_AFTER + 2)] == [2] * BRIEF_AFTER + [10, 10]
 
 
 def test_a_suspect_shares_its_batch_with_nobody() -> None:

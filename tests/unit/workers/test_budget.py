@@ -45,6 +45,19 @@ def test_warm_up_finds_the_hump(peak: int) -> None:
     assert learner.best_tokens <= 2 * peak
 
 
+@pytest.mark.parametrize("peak", [512, 2_048])
+def test_a_brief_batch_is_smaller_and_nearly_as_good(peak: int) -> None:
+    learner = BudgetLearner(16_384)
+    rate = machine(peak)
+    learner.calibrate(rate, budget_s=60, clock=lambda: 0.0)
+    assert learner.brief_tokens < learner.best_tokens
+    assert rate(learner.brief_tokens) >= rate(learner.best_tokens) / 1.2
+
+
+def test_before_anything_is_measured_a_brief_batch_is_like_any_other() -> None:
+    assert BudgetLearner(1_000).brief_tokens == 1_000
+
+
 def test_of_equals_the_smallest_wins() -> None:
     learner = BudgetLearner(8_192)
     learner.calibrate(lambda _: 1_000.0, budget_s=60, clock=lambda: 0.0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,7 +12,7 @@ import pytest
 
 from cortex_tasks.config import ImageConfig
 from workers import resources
-from workers.resources import available_cpus, cgroup_cpus, device, threads_for
+from workers.resources import available_cpus, calm_collector, cgroup_cpus, device, threads_for
 
 
 def image(cpus: float) -> ImageConfig:
@@ -80,3 +81,15 @@ def test_a_gpu_without_torch_is_not_used(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(Path, "exists", lambda self: True)
     monkeypatch.setitem(__import__("sys").modules, "torch", None)
     assert device() == "cpu"
+
+
+def test_the_collector_passes_over_what_was_loaded() -> None:
+    thresholds, frozen = gc.get_threshold(), gc.get_freeze_count()
+    try:
+        calm_collector()
+        assert gc.get_freeze_count() > frozen
+        assert gc.get_threshold()[0] > thresholds[0]
+        assert gc.isenabled()
+    finally:
+        gc.unfreeze()
+        gc.set_threshold(*thresholds)

@@ -12,7 +12,15 @@ import redis
 from celery import Celery, states
 from celery.app.task import Context
 
-from cortex_tasks.codec import SERIALIZER, Answer, loads, register_serializer, reply_channel, result_key
+from cortex_tasks.codec import (
+    SERIALIZER,
+    Answer,
+    loads,
+    read_reply,
+    register_serializer,
+    reply_channel,
+    result_key,
+)
 from cortex_tasks.errors import InferenceFailed, UnknownModel
 from cortex_tasks.payloads import Timings
 from tests.support.redis_server import RedisServer
@@ -97,9 +105,48 @@ def test_each_client_is_told_once_and_each_key_announced(backend: BatchedRedisBa
             store(backend, "c", reply_to="some-stock-client")
         backend.flush()
         told = heard(pubsub)
-    assert (REPLY, b"a b") in told
-    assert {channel for channel, _ in told} == {REPLY, result_key("a"), result_key("c")}
-    assert len(told) == 3
+    assert [channel for channel, _ in told] == [result_key("a"), result_key("c"), REPLY]
+    assert read_reply(told[-1][1]) == [(job_id, client.get(result_key(job_id))) for job_id in "ab"]
+    assert told[0][1] == client.get(result_key("a"))
+
+
+@pytest.mark.parametrize("size", [100_000, 300_000])
+def test_a_long_answer_is_announced_and_not_carried(backend: BatchedRedisBackend, client: Any, size: int) -> None:
+    with client.pubsub() as pubsub:
+        pubsub.subscribe(REPLY, result_key("long"))
+        with backend.collecting():
+            store(backend, "short", reply_to=REPLY)
+            store(backend, "long", result=answer(size), reply_to=REPLY)
+        backend.flush()
+        told = heard(pubsub)
+    announced = dict(one for channel, data in told if channel == REPLY for one in read_reply(data))
+    assert announced == {"short": client.get(result_key("short")), "long": None}
+    assert (result_key("long"), client.get(result_key("long"))) in told
+    assert 0 < client.ttl(result_key("long")) <= 600
+
+
+def test_more_answers_than_one_call_carries_are_all_stored_once(
+    backend: BatchedRedisBackend, client: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("workers.celery_hooks.backend._CALL_BYTES", 1_000)
+    job_ids = [f"job-{n}" for n in range(20)]
+    with client.pubsub() as pubsub:
+        pubsub.subscribe(REPLY)
+        with backend.collecting():
+            store(backend, *job_ids, result=answer(200), reply_to=REPLY)
+        backend.flush()
+        told = heard(pubsub)
+    assert len(told) > 1
+    assert [job_id for _, data in told for job_id, _ in read_reply(data)] == job_ids
+    assert client.exists(*map(result_key, job_ids)) == 20
+
+
+def test_a_result_that_never_expires_has_no_ttl(backend: BatchedRedisBackend, client: Any) -> None:
+    backend.expires = None
+    with backend.collecting():
+        store(backend, "kept")
+    backend.flush()
+    assert client.ttl(result_key("kept")) == -1
 
 
 @pytest.mark.parametrize("reply_to", [5, [1], None, "cortex:reply:\ud800", {"a": 1}])
