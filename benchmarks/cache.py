@@ -50,7 +50,7 @@ def measure(seconds: float, say: Say) -> Figures:
         found = client.ask("zipf", model=_MODEL, seed=3, vocabulary=_VOCABULARY, count=count)
         figures |= {"zipf_speedup": found["off_s"] / found["use_s"], "zipf_distinct_ratio": found["distinct"] / count}
         say(f"{_PROCESSES} processes that ask for the same")
-        return figures | _same(client, local.env)
+        return figures | _same(client, local.env, seconds)
 
 
 def _misses(client: Peer, seconds: float) -> Figures:
@@ -60,9 +60,10 @@ def _misses(client: Peer, seconds: float) -> Figures:
     return {"miss_cost_ratio": sum(took_s["use"]) / sum(took_s["off"]), "miss_cost_median": percentile(ratios, 50)}
 
 
-def _same(client: Peer, env: Mapping[str, str]) -> Figures:
-    """How many forward passes' inputs it takes, and how long beside a single process with other texts."""
-    alone_s = client.ask("same", model=_MODEL, seed=4, count=_SAME)["took_s"]
+def _same(client: Peer, env: Mapping[str, str], seconds: float) -> Figures:
+    """How many inputs are computed, and how long that takes beside a single process with other texts."""
+    alone = min(_SAME, max(64, int(100 * seconds)))
+    alone_s = client.ask("same", model=_MODEL, seed=4, count=alone)["took_s"] * _SAME / alone
     before = client.ask("computed")["items"]
     with _clients(env, _PROCESSES) as clients:
         for each in clients:
