@@ -169,6 +169,8 @@ class LoopCoalescer:
         #: Held here until they are settled; with the task that publishes them.
         self._riding: dict[_Group, asyncio.TimerHandle | None] = {}
         self._tasks: set[asyncio.Task[None]] = set()
+        #: Who is being published, some of whom do not ride yet.
+        self._departing: dict[asyncio.Task[None], list[_LoopSeat]] = {}
 
     async def ask(self, plan: Plan, value: Any) -> Any:
         """The result of one checked input. Raises its error."""
@@ -187,21 +189,14 @@ class LoopCoalescer:
 
     def _depart(self) -> None:
         self._scheduled = False
-        task = asyncio.get_running_loop().create_task(self._publish(self._pending.take()))
+        kinds = self._pending.take()
+        task = asyncio.get_running_loop().create_task(self._publish(kinds))
+        self._departing[task] = [seat for _, seats in kinds for seat in seats]
+        task.add_done_callback(self._departing.pop)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
     async def _publish(self, parts: list[tuple[Plan, list[_LoopSeat]]]) -> None:
-        try:
-            await self._publish_unknown(parts)
-        except asyncio.CancelledError:
-            # The client is closed; who does not ride yet would not be told by anyone else.
-            for _, seats in parts:
-                for seat in seats:
-                    seat.future.cancel()
-            raise
-
-    async def _publish_unknown(self, parts: list[tuple[Plan, list[_LoopSeat]]]) -> None:
         by_envelope: dict[Any, list[_Group]] = {}
         for plan, seats in parts:
             for waiting in _parts(plan, await self._look_up(plan, seats)):
@@ -264,9 +259,13 @@ class LoopCoalescer:
 
     async def close(self) -> None:
         """Nobody is left waiting: who still does gets a CancelledError."""
+        left = [seat for seats in self._departing.values() for seat in seats]
+        left += [seat for _, seats in self._pending.take() for seat in seats]
         for task in list(self._tasks):
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
+        for waiting in left:
+            waiting.future.cancel()
         riding, self._riding = self._riding, {}
         for group, timer in riding.items():
             if timer is not None:
