@@ -109,7 +109,7 @@ async def test_many_in_flight_get_their_own_answers_on_one_thread(client: AsyncC
 
 
 async def test_jobs_in_flight_share_forward_passes(client: AsyncCortex) -> None:
-    jobs = [await client.submit("embed", f"text {n}", "slow") for n in range(IN_FLIGHT)]
+    jobs = await asyncio.gather(*(client.submit("embed", f"text {n}", "slow") for n in range(IN_FLIGHT)))
     answers = [(await job.result()).timings.batch_items for job in jobs]
     assert max(answers) == 8, "the largest batch of model slow"
 
