@@ -75,7 +75,9 @@ class Benchmark:
         }
 
     def card(self, figures: Figures) -> str:
-        """The figures as a table, each with its bound."""
+        """The figures as a table, each with its bound; one line when there is nothing to measure here."""
+        if "skipped" in figures:
+            return f"{self.title}: skipped, {figures['skipped']}"
         lines = table(
             ("", "measured", "", "we hold ourselves to"),
             [(row.label, shown(figures[row.field]), row.unit, row.bound(figures)) for row in self.rows],

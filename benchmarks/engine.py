@@ -6,6 +6,7 @@ of the size that is fastest here, with the threads that a worker would take and 
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Iterator, Sequence
 from functools import cache
@@ -27,13 +28,14 @@ _PARAMS: Final = EmbedParams()
 #: Padded tokens of a batch that are tried.
 _BUDGETS: Final = (256, 512, 1_024, 2_048, 4_096, 8_192)
 _TRIAL_TEXTS: Final = 64
+_KINDS: Final = {"short": texts.short, "varied": texts.varied}
 
 calm_openmp()
 
 
 @cache
 def _config() -> ModelConfig:
-    return load_fleet(ROOT / "queues.yaml").models[_ALIAS]
+    return load_fleet(os.environ.get("CORTEX_QUEUES_FILE") or ROOT / "queues.yaml").models[_ALIAS]
 
 
 @cache
@@ -53,6 +55,7 @@ def _adapter() -> Adapter:
         threads=threads_for(None),
         device=device(),
         precision=config.precision,
+        backend=config.backend,
     )
     return adapter_class(config.adapter).load(context)
 
@@ -66,7 +69,9 @@ def _encoder() -> Any:
 
 @cache
 def _budget_tokens() -> int:
-    """The fastest batch: the best of three rounds for each budget, in turns, since the machine's speed varies."""
+    """The fastest batch (on a GPU the largest): the best of three rounds for each budget, in turns, since the machine's speed varies."""
+    if device() != "cpu":
+        return _config().batching.on(device()).max_padded_tokens
     rates: dict[int, float] = {}
     for turn in range(3):
         for budget in _BUDGETS:
@@ -81,7 +86,7 @@ def hello() -> dict[str, Any]:
     """Load and warm both; says where the weights are, and which batches are fastest."""
     _run(list(islice(texts.varied(-1), 40)), _BUDGETS[0])
     _encoder().encode(list(islice(texts.varied(-2), 8)))
-    return {"threads": threads_for(None), "snapshot": str(_snapshot().path)}
+    return {"threads": threads_for(None), "device": device(), "snapshot": str(_snapshot().path)}
 
 
 def budget() -> dict[str, Any]:
@@ -89,9 +94,9 @@ def budget() -> dict[str, Any]:
     return {"tokens": _budget_tokens()}
 
 
-def rate(*, seed: int, count: int) -> dict[str, Any]:
+def rate(*, seed: int, count: int, kind: str = "varied") -> dict[str, Any]:
     """Texts a second over so many, and the median duration of a batch's forward pass."""
-    source, budget = list(islice(texts.varied(seed), count)), _budget_tokens()
+    source, budget = list(islice(_KINDS[kind](seed), count)), _budget_tokens()
     began_s = time.perf_counter()
     batches_ms = _run(source, budget)
     return {"per_s": count / (time.perf_counter() - began_s), "batch_ms": percentile(batches_ms, 50)}
@@ -135,7 +140,7 @@ def _run(source: Sequence[str], budget_tokens: int) -> list[float]:
 
 def _batches(items: Sequence[Item], budget_tokens: int) -> Iterator[list[Item]]:
     """Items, shortest first, in batches of at most the model's items and so many padded tokens."""
-    most = _config().batching.max_items
+    most = _config().batching.on(device()).max_items
     batch: list[Item] = []
     for item in items:
         if batch and (len(batch) == most or (len(batch) + 1) * item.cost_tokens > budget_tokens):

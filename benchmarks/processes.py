@@ -127,11 +127,16 @@ def serve(**commands: Callable[..., Mapping[str, Any]]) -> None:
 
 
 @contextlib.contextmanager
-def fleet(queues: str, queues_file: Path = ROOT / "queues.yaml", *, started: bool = True) -> Iterator[LocalFleet]:
-    """Redis and one worker of these queues (processes ``redis`` and ``worker``), ready unless ``started`` is False."""
-    local = _local_fleet(
-        f"redis: cortex redis --grace-s 1\nworker: celery -A workers.app worker -Q {queues}\n", queues_file
-    )
+def fleet(
+    queues: str, queues_file: Path = ROOT / "queues.yaml", *, started: bool = True, workers: int = 1
+) -> Iterator[LocalFleet]:
+    """Redis and workers of these queues, ready unless ``started`` is False.
+
+    The processes are ``redis``, ``worker``, and ``worker2`` and so on when there are more.
+    """
+    names = ["worker", *(f"worker{number}" for number in range(2, workers + 1))]
+    lines = [f"{name}: celery -A workers.app worker -Q {queues}\n" for name in names]
+    local = _local_fleet(f"redis: cortex redis --grace-s 1\n{''.join(lines)}", queues_file)
     if started:
         with local:
             yield local

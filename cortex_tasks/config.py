@@ -35,6 +35,7 @@ __all__ = [
     "Batching",
     "Delivery",
     "FleetConfig",
+    "GpuBatching",
     "ImageConfig",
     "Limits",
     "ModelConfig",
@@ -108,6 +109,13 @@ class Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=False, protected_namespaces=())
 
 
+class GpuBatching(Section):
+    """The limits of one forward pass where a GPU computes it: its caches ask for no small batches."""
+
+    max_items: Annotated[Count, Field(ge=1, le=65_536)] = 4096
+    max_padded_tokens: Annotated[Count, Field(ge=1)] = 131_072
+
+
 class Batching(Section):
     """How many items may share one forward pass."""
 
@@ -117,6 +125,14 @@ class Batching(Section):
     max_items: Annotated[Count, Field(ge=1, le=4096)] = 64
     #: Items x longest item, in tokens (in points for series).
     max_padded_tokens: Annotated[Count, Field(ge=1)] = 4096
+    #: In the place of the two above on a worker whose device is a GPU; None: the same as on a CPU.
+    gpu: GpuBatching | None = None
+
+    def on(self, device: str) -> Batching:
+        """The limits that hold on a device ("cpu", "cuda", "cuda:0", ...)."""
+        if self.gpu is None or device == "cpu":
+            return self
+        return self.model_copy(update=self.gpu.model_dump())
 
 
 class Limits(Section):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from types import UnionType
 from typing import Any, Final, get_args, get_origin
 
 from pydantic import BaseModel
@@ -102,4 +103,6 @@ def _fields(root: type[BaseModel], path: KeyPath) -> list[str]:
             kind = field.annotation if field else None
         elif get_origin(kind) is dict:
             kind = get_args(kind)[1]
+        if get_origin(kind) is UnionType:  # a section that may be absent
+            kind = get_args(kind)[0]
     return list(kind.model_fields) if isinstance(kind, type) and issubclass(kind, BaseModel) else []

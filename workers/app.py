@@ -36,7 +36,7 @@ from workers.flights import FlightTower
 from workers.health import Health
 from workers.herald import Herald
 from workers.registry import Registry
-from workers.resources import calm_collector, calm_openmp, device, threads_for
+from workers.resources import calm_openmp, device, keep_memory, spare_garbage, threads_for
 from workers.runner import Runner
 from workers.runtime import Job, answer, run_alone
 from workers.tasks import register_tasks, to_job
@@ -53,6 +53,7 @@ _BACKEND: Final = "workers.celery_hooks.backend:BatchedRedisBackend"
 
 
 calm_openmp()
+keep_memory()
 
 
 class Wiring:
@@ -149,7 +150,7 @@ class Wiring:
         pinned = [alias for alias, model in registry.models.items() if model.config.load == "pinned"]
         with ThreadPoolExecutor(max_workers=max(1, len(pinned)), thread_name_prefix="load") as executor:
             list(executor.map(self._load_pinned, pinned))
-        calm_collector()
+        spare_garbage()
         for runner in self._all_runners():
             runner.start()
         self._desk.start()
@@ -277,7 +278,7 @@ def _configure_worker(
         trace.setup_worker_optimizations(instance.app, instance.hostname)
     wiring.node = instance.hostname
     if wiring.settings.pool == "cortex":
-        conf.worker_concurrency = prefetch_jobs(wiring.fleet, queues)
+        conf.worker_concurrency = prefetch_jobs(wiring.fleet, queues, device())
         instance.app.events.dispatcher_cls = _DISPATCHER
     if wiring.settings.transport == "cortex":
         conf.broker_transport = register_transport()
@@ -302,9 +303,12 @@ def _queue_names(given: Any) -> tuple[str, ...]:
     return tuple(name.strip() for name in given or () if name.strip())
 
 
-def prefetch_jobs(fleet: FleetConfig, queues: Sequence[str]) -> int:
-    """Jobs a worker holds at once: twice its largest batch, so that the next one is ready when one ends."""
-    largest = [model.batching.max_items for model in fleet.models.values() if model.queue in queues]
+def prefetch_jobs(fleet: FleetConfig, queues: Sequence[str], on: str) -> int:
+    """Jobs a worker holds at once: twice its largest batch, so that the next one is ready when one ends.
+
+    ``on``: its device.
+    """
+    largest = [model.batching.on(on).max_items for model in fleet.models.values() if model.queue in queues]
     return 2 * max(largest, default=1)
 
 

@@ -102,6 +102,11 @@ def revision_of(config: ModelConfig, adapter: Adapter, digest: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:32]
 
 
+def _on(config: ModelConfig, device: str) -> ModelConfig:
+    """A model's configuration with the batching limits of the device that computes it here."""
+    return config.model_copy(update={"batching": config.batching.on(device)})
+
+
 def _engine(adapter: Adapter | None) -> str:
     return " ".join(filter(None, (adapter.engine, adapter.precision, adapter.figures))) if adapter else ""
 
@@ -120,7 +125,7 @@ class Registry:
         clock: Callable[[], float],
         cache_dir: Path | None = None,
     ) -> None:
-        self.models = {alias: Model(alias, fleet.models[alias]) for alias in aliases}
+        self.models = {alias: Model(alias, _on(fleet.models[alias], device)) for alias in aliases}
         children = sum(model.config.children for model in self.models.values())
         #: Each child's share of the memory that queues.yaml gives to child processes.
         self._child_bytes = fleet.memory_config.process_pool // max(children, 1)
@@ -148,7 +153,7 @@ class Registry:
         """Serve one more model, loaded when its first job comes."""
         self._locks[alias] = threading.Lock()
         # Replaced as a whole: other threads walk over it.
-        self.models = {**self.models, alias: Model(alias, config)}
+        self.models = {**self.models, alias: Model(alias, _on(config, self._device))}
 
     def may_load(self, model: Model) -> bool:
         """Whether a load should be tried now: not ready, and not failed a moment ago."""

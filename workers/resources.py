@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import gc
 import math
 import os
@@ -10,10 +12,14 @@ from typing import Final
 
 from cortex_tasks.config import ImageConfig
 
-__all__ = ["available_cpus", "calm_collector", "calm_openmp", "cgroup_cpus", "device", "threads_for"]
+__all__ = ["available_cpus", "calm_openmp", "cgroup_cpus", "device", "keep_memory", "spare_garbage", "threads_for"]
 
 #: Iterations that an OpenMP thread spins at a barrier before it sleeps: microseconds instead of milliseconds.
 _SPIN_COUNT: Final = "3000"
+#: Options of glibc's mallopt.
+_TRIM_THRESHOLD: Final = -1
+_MMAP_THRESHOLD: Final = -3
+_KEPT_BYTES: Final = 256 * 2**20
 #: Allocations between two collections of young objects. The interpreter's 700 make a few jobs; nearly all that a job
 #: leaves behind goes by its reference counts.
 _YOUNG_OBJECTS: Final = 10_000
@@ -30,11 +36,25 @@ def calm_openmp() -> None:
         os.environ.setdefault("GOMP_SPINCOUNT", _SPIN_COUNT)
 
 
-def calm_collector() -> None:
-    """Let the garbage collector pass over what is there now: modules, models. Call when all of it is loaded.
+def keep_memory() -> bool:
+    """Let glibc keep what a forward pass gives back, up to 256 MB, for the next one; whether it does.
 
-    Torch and the models leave hundreds of thousands of objects; looking through them takes the hub a tenth of a second
-    again and again, in the middle of somebody's job.
+    By default it returns each large tensor to the kernel, which clears the pages before the next pass has them again:
+    5 to 8 % of the CPU time of torch on a CPU (docs/performance-engines.md). What the environment says wins.
+    """
+    if any(name.startswith("MALLOC_") for name in os.environ) or "GLIBC_TUNABLES" in os.environ:
+        return False
+    with contextlib.suppress(AttributeError, OSError):  # another C library than glibc
+        mallopt = ctypes.CDLL(None).mallopt
+        return all(mallopt(option, _KEPT_BYTES) for option in (_MMAP_THRESHOLD, _TRIM_THRESHOLD))
+    return False
+
+
+def spare_garbage() -> None:
+    """Tell the garbage collector to leave alone what exists by now: modules and models, which stay.
+
+    It would walk over all of it again and again while jobs come and go, for a third of the worker's own time an item
+    (docs/performance.md). What is counted by references alone is freed as ever.
     """
     gc.collect()
     gc.freeze()

@@ -10,6 +10,7 @@ import subprocess
 import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from types import UnionType
 from typing import Any, get_args, get_origin
 
 import click
@@ -150,6 +151,8 @@ def keys_of(model: type[pydantic.BaseModel], prefix: str = "") -> Iterator[tuple
     for name, field in model.model_fields.items():
         kind, path = field.annotation, f"{prefix}{name}"
         inner = get_args(kind)[1] if get_origin(kind) is dict else kind
+        if get_origin(kind) is UnionType:  # a section that may be absent
+            inner = get_args(kind)[0]
         if isinstance(inner, type) and issubclass(inner, pydantic.BaseModel):
             step = {"models": ".<alias>", "images": ".<name>"}.get(name, "")
             yield from keys_of(inner, f"{path}{step}.")

@@ -111,12 +111,12 @@ def active(bench: Bench) -> list[dict[str, Any]]:
 def test_inspect_tells_who_is_active_reserved_and_scheduled(bench: Bench) -> None:
     held = bench.hold_the_gate()
     waits = bench.send("waits", "gated")
-    later = bench.send("later", countdown=3)
+    later = bench.send("later", countdown=10)
     poll_until(lambda: [job["id"] for job in active(bench)] == [held.id], "one active job")
     poll_until(lambda: waits.id in {job["id"] for job in bench.ask("reserved")}, "one reserved job")
     poll_until(lambda: later.id in {job["request"]["id"] for job in bench.ask("scheduled")}, "one scheduled job")
     bench.gate.unlink()
-    assert all(job.get(timeout=20) for job in (held, waits, later))
+    assert all(job.get(timeout=30) for job in (held, waits, later))
 
 
 def test_a_job_for_later_than_the_lease_runs_once(bench: Bench) -> None:

@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import redis
+from celery import Celery
 
 from cortex_tasks import (
     AsyncCortex,
@@ -160,6 +161,8 @@ async def test_a_cancelled_job_is_revoked(client: AsyncCortex, worker: WorkerPro
         await waits[-1].result()
     assert await waits[-1].state() == "REVOKED"
     # The worker was told as well: it stores no answer, but that the job was revoked.
+    plain = Celery("plain", broker=worker.url, set_as_current=False)
+    await until(lambda: waits[-1].id in str(plain.control.inspect(timeout=0.5).revoked()), "a worker that was told")
     with redis.Redis.from_url(worker.url) as stored:
         closed.unlink()
         assert all([(await job.result()).ok for job in (*held, *waits[:-1])])

@@ -90,22 +90,22 @@ def test_sigterm_under_load_loses_and_repeats_nothing(redis_url: str, tmp_path: 
     with plain_client(redis_url) as app, client.pubsub() as announcements:
         with WorkerProcess(redis_url, tmp_path / "first.log") as first:
             announcements.psubscribe("celery-task-meta-*")
-            jobs = send_many(app, 600)
+            jobs = send_many(app, 2_000)
             poll_until(lambda: len(answers(client, jobs)) >= 50, "the first answers")
             assert first.terminate() == 0
-        left = 600 - len(answers(client, jobs))
+        left = 2_000 - len(answers(client, jobs))
         assert left > 0, "the worker was done before it was stopped"
         # What it did not answer is back in its queue, not waiting for a lease to end.
         assert client.hlen("unacked") == 0
         assert sum(client.llen(key) for key in queue_keys("slow")) == left
         with WorkerProcess(redis_url, tmp_path / "second.log"):
-            poll_until(lambda: len(answers(client, jobs)) == 600, "every answer")
+            poll_until(lambda: len(answers(client, jobs)) == 2_000, "every answer", 60)
         told: dict[bytes, int] = {}
         while (message := announcements.get_message(timeout=0.2)) is not None:
             if message["type"] == "pmessage":
                 told[message["channel"]] = told.get(message["channel"], 0) + 1
     assert_all_own(answers(client, jobs), jobs)
-    assert len(told) == 600
+    assert len(told) == 2_000
     assert set(told.values()) == {1}, "some job was answered twice"
 
 

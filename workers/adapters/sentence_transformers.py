@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 from pydantic import Field
 from sentence_transformers import SentenceTransformer
-from sentence_transformers.sentence_transformer.modules import Normalize, Transformer
+from sentence_transformers.sentence_transformer.modules import Normalize, Pooling, Transformer
 
 from cortex_tasks.errors import ConfigError, CortexError, InvalidInput
 from cortex_tasks.payloads import EmbedParams, Params
@@ -32,8 +32,12 @@ from workers.adapters._torch import (
 from workers.adapters.base import Adapter, Item, LoadContext, WireValue
 from workers.engines.base import Engine
 from workers.engines.cache_store import CacheStore, writable_root
+from workers.engines.cuda import cuda_ways, on_gpu, sixteen_bit
 from workers.engines.onednn import use_onednn
-from workers.engines.select import Request, Subject, choose, numeric_class
+from workers.engines.packed import PackedEngine, first_that_passes
+from workers.engines.packed_bert import PackedBert
+from workers.engines.select import FP32_COSINE, Request, Subject, choose, numeric_class
+from workers.engines.texts import held_out_texts
 from workers.engines.torch import TorchEngine
 
 _PROBE = "The quick brown fox, 42 times."
@@ -41,6 +45,8 @@ _PROBE = "The quick brown fox, 42 times."
 _EXAMPLE = (_PROBE, "A second, longer text, so that the batch is padded. " * 4)
 #: Padded tokens in one call while engines are built and compared.
 _BUILD_TOKENS = 1024
+#: Tokens read of a text by a model that names no limit at all.
+_DEFAULT_WINDOW = 512
 _TOKEN_FEATURES = frozenset({"input_ids", "attention_mask", "token_type_ids"})
 
 
@@ -76,16 +82,17 @@ class SentenceTransformersAdapter(Adapter):
         self._unnormalized = later[:-1] if later and isinstance(later[-1], Normalize) else later
         self._output: str = transformer.module_output_name
         self._device = model.device
-        self._engine: Engine = TorchEngine(transformer, self._output, precision)
+        self._engine: Engine | PackedEngine = TorchEngine(transformer, self._output, precision)
         self.engine, self.precision = self._engine.name, self._engine.precision
         self._constants = self._constant_features()
 
     @classmethod
     def load(cls, context: LoadContext) -> Self:
         options = read_options(EmbedOptions, context)
-        precision, note = numeric_class(context.backend, context.precision, context.device)
+        precision, note = _numeric_class(context)
         elsewhere = context.device == "cpu" and _runs_elsewhere(context.backend, precision)
-        loaded_as = "fp32" if elsewhere else precision
+        packed = context.backend == "auto" and on_gpu(context.device)
+        loaded_as = "fp32" if elsewhere or packed else precision
         with loading(context) as snapshot:
             model = SentenceTransformer(
                 str(snapshot),
@@ -102,6 +109,8 @@ class SentenceTransformersAdapter(Adapter):
         adapter.note = note
         if elsewhere:
             adapter._take_engine(replace(context, precision=precision))
+        elif packed:
+            adapter._take_packed(replace(context, precision=precision))
         return adapter
 
     @property
@@ -125,7 +134,11 @@ class SentenceTransformersAdapter(Adapter):
         rows: list[Tokens] = [item.data for item in items]
         return self._forward(self._engine, rows, cast("EmbedParams", params).normalize) if rows else []
 
-    def _forward(self, engine: Engine, rows: Sequence[Tokens], normalize: bool) -> list[NDArray[np.float32]]:
+    def _forward(
+        self, engine: Engine | PackedEngine, rows: Sequence[Tokens], normalize: bool
+    ) -> list[NDArray[np.float32]]:
+        if isinstance(engine, PackedEngine):
+            return list(engine.embed(rows, dimensions=self._model.truncate_dim, normalized=normalize))
         with torch.inference_mode():
             features: dict[str, Any] = collate(rows, self._tokenizer, self._device) | self._constants
             features[self._output] = engine.encode(features)
@@ -164,7 +177,43 @@ class SentenceTransformersAdapter(Adapter):
         if self.engine != TorchEngine.name:
             release(self._modules[:1])
 
-    def _embed(self, engine: Engine, texts: Sequence[str]) -> NDArray[np.float32]:
+    def _take_packed(self, context: LoadContext) -> None:
+        """Run without padding on a GPU; on torch's own modules, with a note, where that does not work or answer alike.
+
+        The model is loaded in fp32: what it answers is what another engine is compared with.
+        """
+        transformer, why = self._modules[0], self._not_packed()
+        if not why:
+            window = window_of(self._model.max_seq_length, self._tokenizer.model_max_length) or _DEFAULT_WINDOW
+            passed = first_that_passes(
+                context.alias,
+                cuda_ways(transformer.model, self._later[0].pooling_mode, context.precision, context.device, window),
+                self._embed(self._engine, held_out_texts()),
+                lambda engine: self._embed(engine, held_out_texts()),
+                mean_cosine=FP32_COSINE if context.precision == "fp32" else context.gate_cosine,
+                top10_overlap=0.0 if context.precision == "fp32" else context.gate_top10,
+            )
+            why = passed.note
+            if passed.engine is not None:
+                self._engine, self.figures = passed.engine, passed.figures
+                release(self._modules[:1])
+        if why:
+            self.note = "; ".join(filter(None, (self.note, f"{why}; runs on torch")))
+            transformer.to(dtype_of(context))
+            self._engine = TorchEngine(transformer, self._output, context.precision)
+        self.engine, self.precision = self._engine.name, self._engine.precision
+
+    def _not_packed(self) -> str:
+        """Why the model is none that can run packed; "" when it may be."""
+        pooling, *rest = self._unnormalized or [None]
+        plain = isinstance(pooling, Pooling) and pooling.pooling_mode in ("mean", "cls") and not rest
+        if not plain or not (pooling.include_prompt or not self._prompt):
+            return "the engine for GPUs pools by mean or cls, prompts included, and runs no module after that"
+        if PackedBert.suits(self._modules[0].model):
+            return ""
+        return "the engine for GPUs runs plain BERT encoders"
+
+    def _embed(self, engine: Engine | PackedEngine, texts: Sequence[str]) -> NDArray[np.float32]:
         """Unnormalised vectors, shape ``(texts, dimensions)``, in the texts' order."""
         read = self._reader.read(texts, prefix=self._prompt)
         rows = [row for row in read if isinstance(row, Tokens)]
@@ -186,6 +235,14 @@ class SentenceTransformersAdapter(Adapter):
         if strange or not isinstance(ours, Tokens) or theirs["input_ids"][0].tolist() != ours.ids:
             raise ValueError("the model does not read a text as plain tokens, which this adapter needs")
         return constants
+
+
+def _numeric_class(context: LoadContext) -> tuple[str, str]:
+    """The precision to run in on this machine, and a note when it is another than the one asked for."""
+    precision, note = numeric_class(context.backend, context.precision, context.device)
+    if on_gpu(context.device) and not note:
+        return sixteen_bit(precision, context.device)
+    return precision, note
 
 
 def _runs_elsewhere(backend: str, precision: str) -> bool:

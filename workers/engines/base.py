@@ -16,7 +16,7 @@ __all__ = ["Engine"]
 class Engine(Protocol):
     """Used by one thread at a time."""
 
-    #: Its name in queues.yaml: torch, openvino or onnx.
+    #: As queues.yaml, or the card of a worker with a GPU, names it: torch, openvino, onnx; cuda.
     name: str
     #: The numeric class it computes in: fp32, bf16, fp16 or int8.
     precision: str

@@ -1,6 +1,7 @@
 """A transformer whose Linear layers compute in int8, from what calibration texts show of their inputs.
 
-Weights: symmetric int8, a scale an output channel. Activations: unsigned int8, one scale a layer. The inputs of a
+Weights: symmetric int8, a scale an output channel; seven bits of it where the CPU adds two products in sixteen bits
+(``exact_levels``). Activations: unsigned int8, one scale a layer. The inputs of a
 transformer's layers have a few channels that are far larger than the rest and would take the whole scale; as in
 SmoothQuant (Xiao et al., 2023) a part of each channel's size moves into the weights first.
 
@@ -12,31 +13,45 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from typing import Any, Final
 
 import torch
 from torch import nn
 
-__all__ = ["QUANTISER_VERSION", "quantised"]
+__all__ = ["QUANTISER_VERSION", "exact_levels", "quantised"]
 
 #: Bump when the figures of a quantised model change: engines built by another version are built again.
-QUANTISER_VERSION: Final = "1"
-#: The share (0..1) of a channel's size that moves into the weights. Measured on MiniLM, see docs.
-_SMOOTHING: Final = 0.8
+QUANTISER_VERSION: Final = "2"
+#: The share (0..1) of a channel's size that moves into the weights, by the weights' levels: measured on MiniLM, see
+#: docs.
+_SMOOTHING: Final = {127: 0.8, 63: 0.7}
 _LEAST: Final = 1e-5
 
 _Range = tuple[torch.Tensor, torch.Tensor]
 
 
-def quantised(transformer: nn.Module, calibrate: Callable[[], Any]) -> nn.Module:
-    """A copy in which each Linear that ``calibrate`` passes data through (running the original) is an int8 one."""
+def exact_levels(flags: Collection[str]) -> int:
+    """The largest weight with which a CPU's int8 products are exact. ``flags``: what /proc/cpuinfo says it can do.
+
+    x86 without VNNI multiplies unsigned by signed bytes and adds pairs of products in 16 bits, cutting off what is
+    larger: 2 x 255 x 127 is, 2 x 255 x 63 is not.
+    """
+    saturates = "avx2" in flags and not any("vnni" in flag for flag in flags)
+    return 63 if saturates else 127
+
+
+def quantised(transformer: nn.Module, calibrate: Callable[[], Any], levels: int = 127) -> nn.Module:
+    """A copy in which each Linear that ``calibrate`` passes data through (running the original) is an int8 one.
+
+    ``levels``: the largest weight.
+    """
     with _observed(transformer) as ranges:
         calibrate()
     result = copy.deepcopy(transformer)
     for name, (low, high) in ranges.items():
         parent, _, leaf = name.rpartition(".")
-        setattr(result.get_submodule(parent), leaf, _Int8Linear(result.get_submodule(name), low, high))
+        setattr(result.get_submodule(parent), leaf, _Int8Linear(result.get_submodule(name), low, high, levels))
     return result
 
 
@@ -75,11 +90,12 @@ class _Int8Linear(nn.Module):
     weight_scale: torch.Tensor
     weight_zero: torch.Tensor
 
-    def __init__(self, linear: Any, low: torch.Tensor, high: torch.Tensor) -> None:
+    def __init__(self, linear: Any, low: torch.Tensor, high: torch.Tensor, levels: int) -> None:
         super().__init__()
         weight = linear.weight.detach().float()
         size = torch.maximum(low.abs(), high.abs()).clamp_min(_LEAST)
-        factor = size**_SMOOTHING / weight.abs().amax(0).clamp_min(_LEAST) ** (1 - _SMOOTHING)
+        share = _SMOOTHING[levels]
+        factor = size**share / weight.abs().amax(0).clamp_min(_LEAST) ** (1 - share)
         factor = factor.clamp_min(_LEAST)
         bottom = min(float((low / factor).min()), 0.0)
         top = max(float((high / factor).max()), bottom + _LEAST, 0.0)
@@ -88,7 +104,7 @@ class _Int8Linear(nn.Module):
         self.bias = linear.bias
         self.register_buffer("shrink", 1 / factor)
         self.register_buffer("weight", weight * factor)
-        self.register_buffer("weight_scale", ((weight * factor).abs().amax(1) / 127).clamp_min(1e-12))
+        self.register_buffer("weight_scale", ((weight * factor).abs().amax(1) / levels).clamp_min(1e-12))
         self.register_buffer("weight_zero", torch.zeros(len(weight), dtype=torch.int32))
 
     def forward(self, inputs: torch.Tensor) -> torch.Tensor:

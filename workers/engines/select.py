@@ -23,18 +23,18 @@ from workers.engines import gate
 from workers.engines.base import Engine
 from workers.engines.cache_store import CacheStore
 from workers.engines.export import to_onnx
-from workers.engines.int8 import QUANTISER_VERSION, quantised
+from workers.engines.int8 import QUANTISER_VERSION, exact_levels, quantised
 from workers.engines.texts import TEXTS_VERSION, calibration_texts, held_out_texts, timing_texts
 from workers.engines.torch import TorchEngine
 
-__all__ = ["Chosen", "Request", "Subject", "choose", "numeric_class"]
+__all__ = ["FP32_COSINE", "Chosen", "Request", "Subject", "choose", "numeric_class"]
 
 logger = logging.getLogger(__name__)
 
 #: Engines with a file of their own, each also the name of its extra.
 _BUILT: Final = {"openvino": "OpenVinoEngine", "onnx": "OnnxEngine"}
 #: What an fp32 engine must reach beside torch; a faulty export lies far below it.
-_FP32_COSINE: Final = 0.99999
+FP32_COSINE: Final = 0.99999
 _TIMED_ROUNDS: Final = 3
 
 
@@ -160,7 +160,7 @@ class _Builder:
         figures = gate.Figures.read(entry.facts)
         limits = {"mean_cosine": self.request.mean_cosine, "top10_overlap": self.request.top10_overlap}
         if precision == "fp32":
-            limits = {"mean_cosine": _FP32_COSINE, "top10_overlap": 0.0}
+            limits = {"mean_cosine": FP32_COSINE, "top10_overlap": 0.0}
         if why := gate.refusal(figures, **limits):
             raise _Refused(f"{name} {precision} is refused: {why}")
         return Chosen(kind(entry.path, precision, self.request.threads), str(figures))
@@ -185,7 +185,9 @@ class _Builder:
         transformer = subject.transformer
         if precision == "int8":
             watched = TorchEngine(transformer, subject.output, "fp32", lean=False)
-            transformer = quantised(transformer, lambda: subject.embed(watched, calibration_texts()))
+            transformer = quantised(
+                transformer, lambda: subject.embed(watched, calibration_texts()), exact_levels(_cpu_model().split())
+            )
         with tempfile.TemporaryDirectory(dir=directory.parent, prefix=".partial-") as temporary:
             file = Path(temporary) / "model.onnx"
             to_onnx(transformer, subject.output, subject.example, subject.constants, file)

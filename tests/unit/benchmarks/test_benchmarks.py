@@ -42,13 +42,14 @@ FIELDS = {
         "single_flight_forwards",
     ),
     "startup": ("import_ms", "load_ms", "warm_ms", "first_answer_ms"),
+    "gpu": ("raw_per_s", "map_per_s", "map_ratio", "workers", "clients"),
 }
 
 
-def run(name: str, *arguments: str) -> list[str]:
+def run(name: str, *arguments: str, **settings: str) -> list[str]:
     """The lines that a benchmark printed."""
     command = [sys.executable, "-m", f"benchmarks.{name}", "--seconds", "0.4", *arguments]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), **settings}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=280)
     assert done.returncode == 0, done.stderr[-3_000:]
     return done.stdout.splitlines()
@@ -102,3 +103,29 @@ def test_cache() -> None:
     figures = checked("cache", run("cache", "--json-only")[-1])
     # Whatever the speed: eight processes that ask for the same thousand texts have each computed once.
     assert figures["single_flight_forwards"] == 1000
+
+
+@pytest.mark.skipif(Path("/dev/nvidiactl").exists(), reason="a GPU is there")
+def test_without_a_gpu_nothing_is_measured_there() -> None:
+    card, line = run("gpu")
+    assert card == "Short sentences a second on a GPU: MiniLM: skipped, no CUDA device"
+    figures = json.loads(line)
+    assert (figures["benchmark"], figures["skipped"]) == ("gpu", "no CUDA device")
+
+
+@pytest.mark.fleet
+@pytest.mark.models
+def test_the_benchmark_for_gpus_on_a_cpu() -> None:
+    figures = checked("gpu", run("gpu", "--json-only", CORTEX_DEVICE="cpu")[-1])
+    assert figures["device"] == "cpu"
+    assert "gpu_busy_share" not in figures
+
+
+@pytest.mark.gpu
+@pytest.mark.fleet
+@pytest.mark.models
+@pytest.mark.skipif(not Path("/dev/nvidiactl").exists(), reason="no CUDA device")
+def test_the_benchmark_on_a_gpu() -> None:
+    figures = checked("gpu", run("gpu", "--json-only")[-1])
+    assert figures["engine"].startswith("cuda bf16")
+    assert 0 <= figures["gpu_busy_share"] <= 1

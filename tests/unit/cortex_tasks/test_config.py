@@ -10,7 +10,16 @@ import yaml
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from cortex_tasks.config import ADAPTERS, FleetConfig, Settings, default_queues_file, load_fleet, mask_url
+from cortex_tasks.config import (
+    ADAPTERS,
+    Batching,
+    FleetConfig,
+    GpuBatching,
+    Settings,
+    default_queues_file,
+    load_fleet,
+    mask_url,
+)
 from cortex_tasks.errors import ConfigError, UnknownModel
 from workers.adapters import ADAPTERS as ADAPTER_TABLE
 
@@ -68,6 +77,18 @@ def test_the_default_fleet() -> None:
     assert fleet.storage_config.model_store.cleanup_threshold == 0.85
 
 
+def test_a_gpu_has_limits_of_its_own_where_they_are_declared() -> None:
+    shared = Batching(max_items=8, max_padded_tokens=100, learn=False)
+    assert shared.on("cuda") is shared
+    declared = shared.model_copy(update={"gpu": GpuBatching(max_items=9_000, max_padded_tokens=10**6)})
+    assert declared.on("cpu") is declared
+    for device in ("cuda", "cuda:1"):
+        limits = declared.on(device)
+        assert (limits.max_items, limits.max_padded_tokens, limits.learn) == (9_000, 10**6, False)
+    minilm = load_fleet().models["minilm"].batching
+    assert minilm.on("cuda").max_padded_tokens > 8 * minilm.on("cpu").max_padded_tokens
+
+
 def test_the_light_package_names_the_workers_adapters() -> None:
     assert set(ADAPTERS) == set(ADAPTER_TABLE)
 
@@ -98,6 +119,16 @@ def test_the_light_package_names_the_workers_adapters() -> None:
         ("    queue: echo", "    queue: echo\n    children: 1.0", "models.echo.children: expected a whole number"),
         ("    queue: echo", "    queue: echo\n    limits: 7", "models.echo.limits: expected a mapping, got 7"),
         ("    queue: echo", "    queue: echo\n    batching: {max_item: 1}", "did you mean 'max_items'"),
+        (
+            "    queue: echo",
+            "    queue: echo\n    batching: {gpu: {max_item: 1}}",
+            "models.echo.batching.gpu.max_item: unknown key; did you mean 'max_items'?",
+        ),
+        (
+            "    queue: echo",
+            "    queue: echo\n    batching: {gpu: {max_items: 0}}",
+            "models.echo.batching.gpu.max_items: must be greater than or equal to 1, got 0",
+        ),
         ("    queue: echo", "    queue: echo\n    8: x", "models.echo: a key is not text; put it in quotes"),
         ("    queue: echo", "    queue: !!python/name:os.system x", "models.echo.queue: not a value of its tag"),
         ("    queue: echo", "    queue: echo\n    queue: b", "models.echo.queue: duplicate key; it is first on line 7"),

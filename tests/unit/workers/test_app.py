@@ -87,9 +87,14 @@ def test_other_apps_are_left_alone() -> None:
 
 def test_a_worker_holds_two_of_its_largest_batches() -> None:
     fleet = fleet_of(small={"batching": {"max_items": 4}}, large={"batching": {"max_items": 50}})
-    assert prefetch_jobs(fleet, ["small"]) == 8
-    assert prefetch_jobs(fleet, ["small", "large"]) == 100
-    assert prefetch_jobs(fleet, ["elsewhere"]) == 2
+    assert prefetch_jobs(fleet, ["small"], "cpu") == 8
+    assert prefetch_jobs(fleet, ["small", "large"], "cpu") == 100
+    assert prefetch_jobs(fleet, ["elsewhere"], "cpu") == 2
+
+
+def test_a_worker_with_a_gpu_holds_two_of_the_gpus_batches() -> None:
+    fleet = fleet_of(both={"batching": {"max_items": 4, "gpu": {"max_items": 500}}})
+    assert [prefetch_jobs(fleet, ["both"], device) for device in ("cpu", "cuda")] == [8, 1_000]
 
 
 def test_renewed_leases_are_swept_often(default_fleet: FleetConfig) -> None:
@@ -110,7 +115,7 @@ def test_every_hook_is_on_and_can_be_switched_back() -> None:
     assert hooked.worker_pool == "workers.celery_hooks.pool:BatchingPool"
     assert hooked.result_backend.startswith("workers.celery_hooks.backend:BatchedRedisBackend+redis://")
     assert hooked.broker_transport == "cortex"
-    assert hooked.worker_concurrency == prefetch_jobs(fleet, ["m"])
+    assert hooked.worker_concurrency == prefetch_jobs(fleet, ["m"], "cpu")
     assert hooked.broker_transport_options["visibility_timeout"] == fleet.delivery.lease_s
     stock = configured(build(settings(pool="stock", backend="stock", transport="stock"), fleet), "celery@box", "m")[1]
     assert stock.conf.worker_pool == "prefork"

@@ -253,6 +253,17 @@ def test_a_learned_budget_never_exceeds_the_inference_buffer() -> None:
     assert model.card().budget_tokens == model.learner.best_tokens
 
 
+@pytest.mark.parametrize(("device", "tokens", "items"), [("cpu", 1_000, 8), ("cuda:0", 50_000, 600)])
+def test_a_batch_holds_what_the_device_is_given(device: str, tokens: int, items: int) -> None:
+    batching = {"max_items": 8, "max_padded_tokens": 1_000, "gpu": {"max_items": 600, "max_padded_tokens": 50_000}}
+    declared = fleet(batching=batching)
+    registry = Registry(declared, ["m"], threads=1, device=device, models_dir=None, clock=lambda: 0.0)
+    registry.add("later", declared.models["m"])
+    for alias in ("m", "later"):
+        assert registry.model(alias).budget == (items, tokens)
+    assert registry.load("m").card().budget_tokens == tokens
+
+
 @pytest.mark.parametrize("changes", [{"backend": "native"}, {"backend": "torch", "batching": {"learn": False}}])
 def test_a_budget_that_is_not_learned_is_the_configured_one(changes: dict[str, Any]) -> None:
     model = registry_of(fleet(**changes)).load("m")

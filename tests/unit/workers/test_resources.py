@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import gc
 import os
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -12,7 +14,7 @@ import pytest
 
 from cortex_tasks.config import ImageConfig
 from workers import resources
-from workers.resources import available_cpus, calm_collector, cgroup_cpus, device, threads_for
+from workers.resources import available_cpus, cgroup_cpus, device, threads_for
 
 
 def image(cpus: float) -> ImageConfig:
@@ -60,6 +62,51 @@ def test_threads_keep_to_the_image_and_the_machine(
     assert threads_for(None if limit is None else image(limit)) == threads
 
 
+@pytest.mark.parametrize("said", [{}, {"MALLOC_ARENA_MAX": "2"}])
+def test_freed_memory_is_kept_unless_the_environment_says_otherwise(said: dict[str, str]) -> None:
+    """In a process of its own: the setting stays. Whether the pages of a large block come from the kernel each time."""
+    script = """
+import resource, sys
+from workers.resources import keep_memory
+asked = keep_memory()
+def faults():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(20):
+        bytearray(40 * 2**20)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+bytearray(40 * 2**20)
+print(asked, faults() < 20 * 100)
+"""
+    clean = {k: v for k, v in os.environ.items() if not k.startswith(("MALLOC_", "GLIBC_"))}
+    done = subprocess.run([sys.executable, "-c", script], env=clean | said, capture_output=True, text=True, check=True)
+    assert done.stdout.split() == [str(not said)] * 2
+
+
+def test_tunables_count_as_a_say_in_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(resources.os, "environ", {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"})
+    monkeypatch.setattr(resources.ctypes, "CDLL", lambda name: pytest.fail("it was asked"))
+    assert not resources.keep_memory()
+
+
+def test_another_c_library_has_no_such_setting(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(resources.os, "environ", {})
+    monkeypatch.setattr(resources.ctypes, "CDLL", lambda name: SimpleNamespace())
+    assert not resources.keep_memory()
+
+
+def test_the_collector_leaves_alone_what_exists() -> None:
+    kept = [[]]
+    thresholds = gc.get_threshold()
+    try:
+        resources.spare_garbage()
+        assert gc.get_freeze_count() > 1_000
+        assert gc.get_threshold()[0] > thresholds[0]
+        assert not any(entry is kept for entry in gc.get_objects())
+    finally:
+        gc.unfreeze()
+        gc.set_threshold(*thresholds)
+
+
 def test_the_device_can_be_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CORTEX_DEVICE", "cuda:1")
     assert device() == "cuda:1"
@@ -81,15 +128,3 @@ def test_a_gpu_without_torch_is_not_used(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(Path, "exists", lambda self: True)
     monkeypatch.setitem(__import__("sys").modules, "torch", None)
     assert device() == "cpu"
-
-
-def test_the_collector_passes_over_what_was_loaded() -> None:
-    thresholds, frozen = gc.get_threshold(), gc.get_freeze_count()
-    try:
-        calm_collector()
-        assert gc.get_freeze_count() > frozen
-        assert gc.get_threshold()[0] > thresholds[0]
-        assert gc.isenabled()
-    finally:
-        gc.unfreeze()
-        gc.set_threshold(*thresholds)

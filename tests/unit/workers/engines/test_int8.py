@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from workers.engines.int8 import quantised
+from workers.engines.int8 import exact_levels, quantised
 
 pytestmark = pytest.mark.models
 
@@ -55,3 +55,31 @@ def test_a_channel_that_is_always_zero_does_no_harm() -> None:
         result = quantised(model, lambda: model(inputs))
         assert torch.isfinite(result(inputs)).all()
         assert torch.isfinite(result(_inputs(1))).all()
+
+
+@pytest.mark.parametrize(
+    ("flags", "levels"),
+    [
+        ("fpu sse2 avx avx2 fma", 63),
+        ("avx2 avx512f avx512bw", 63),
+        ("avx2 avx512f avx512_vnni", 127),
+        ("avx2 avx_vnni", 127),
+        ("fp asimd asimddp i8mm", 127),
+        ("", 127),
+    ],
+)
+def test_weights_are_as_large_as_the_cpu_multiplies_exactly(flags: str, levels: int) -> None:
+    assert exact_levels(flags.split()) == levels
+    # Two products of an unsigned byte are added in 16 bits where the CPU has nothing wider.
+    assert levels == 127 or 2 * 255 * levels < 2**15
+
+
+@pytest.mark.parametrize("levels", [63, 127])
+def test_no_weight_is_larger_than_the_levels(levels: int) -> None:
+    model = Model().eval()
+    with torch.inference_mode():
+        result = quantised(model, lambda: model(_inputs(1)), levels)
+        rounded = (result.first.weight / result.first.weight_scale[:, None]).round()  # type: ignore[operator, index, union-attr]
+        expected, got = model(_inputs(2)), result(_inputs(2))
+    assert rounded.abs().max() == levels
+    assert torch.nn.functional.cosine_similarity(got, expected).mean() > 0.995
