@@ -69,7 +69,8 @@ def _encoder() -> Any:
 
 @cache
 def _budget_tokens() -> int:
-    """The fastest batch (on a GPU the largest): the best of three rounds for each budget, in turns, since the machine's speed varies."""
+    """The fastest batch (on a GPU the largest allowed): the best of three rounds for each budget, in turns, since the
+    machine's speed varies."""
     if device() != "cpu":
         return _config().batching.on(device()).max_padded_tokens
     rates: dict[int, float] = {}
