@@ -33,6 +33,7 @@ __all__ = [
     "dumps",
     "lane_of",
     "loads",
+    "pack",
     "priority_of",
     "queue_key",
     "queue_keys",
@@ -40,6 +41,7 @@ __all__ = [
     "register_serializer",
     "reply_channel",
     "result_key",
+    "unpack",
 ]
 
 CONTENT_TYPE: Final = "application/x-cortex"
@@ -169,21 +171,26 @@ def dumps(meta: Any) -> bytes | str:
     if not (isinstance(result, Answer) and result.packed):
         text: str = kombu_json.dumps(meta)
         return text
+    return pack(meta)
+
+
+def pack(value: Any) -> bytes:
+    """JSON types and bytes, packed. Raises TypeError for anything else."""
     blobs: list[bytes] = []
     offset = 0
 
-    def default(value: Any) -> Any:
+    def default(part: Any) -> Any:
         nonlocal offset
-        if isinstance(value, bytes):
-            place = {"$": [offset, len(value)]}
-            blobs.append(value)
-            offset += len(value)
+        if isinstance(part, bytes):
+            place = {"$": [offset, len(part)]}
+            blobs.append(part)
+            offset += len(part)
             return place
-        if isinstance(value, Answer):
-            return value.__json__()
-        return kombu_json.JSONEncoder().default(value)
+        if isinstance(part, Answer):
+            return part.__json__()
+        return kombu_json.JSONEncoder().default(part)
 
-    head = json.dumps(meta, default=default, separators=(",", ":")).encode()
+    head = json.dumps(value, default=default, separators=(",", ":")).encode()
     return b"".join((_MAGIC, _LENGTH.pack(len(head)), head, *blobs))
 
 
@@ -191,12 +198,19 @@ def loads(data: bytes | str | memoryview) -> Any:
     """Decode either encoding. Raises ValueError on anything else."""
     raw = data.encode() if isinstance(data, str) else bytes(data)
     try:
-        return _unpack(raw) if raw.startswith(_MAGIC) else kombu_json.loads(raw)
+        return _unpacked(raw) if raw.startswith(_MAGIC) else kombu_json.loads(raw)
     except (TypeError, LookupError, AttributeError, ArithmeticError, RecursionError) as error:
         raise ValueError(f"not an answer: {type(error).__name__}: {error}") from error
 
 
-def _unpack(raw: bytes) -> Any:
+def unpack(data: bytes) -> Any:
+    """What ``pack`` packed. Raises ValueError on anything else."""
+    if not data.startswith(_MAGIC):
+        raise ValueError("not packed")
+    return loads(data)
+
+
+def _unpacked(raw: bytes) -> Any:
     start = len(_MAGIC) + _LENGTH.size
     if len(raw) < start:
         raise ValueError("a packed answer ends within its header")

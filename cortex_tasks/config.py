@@ -158,6 +158,10 @@ class Gate(Section):
     top10_overlap: Annotated[Number, Field(ge=0, le=1)] = 0.95
 
 
+#: Adapters that compute nothing: a look into the cache costs more than their answer.
+_FREE_ADAPTERS: Final = frozenset({"echo"})
+
+
 class ModelConfig(Section):
     """One model alias."""
 
@@ -178,10 +182,17 @@ class ModelConfig(Section):
     #: Child processes that host the adapter; 0 runs it in the worker's own process.
     children: Annotated[Count, Field(ge=0, le=64)] = 0
     batching: Batching = Batching()
+    #: Whether answers are cached; "auto": unless the adapter answers for less than a look into the cache costs.
+    cache: Literal["auto", "on", "off"] = "auto"
     cache_ttl_s: Annotated[Count, Field(ge=300, le=86_400)] = 3_600
     limits: Limits = Limits()
     #: The adapter's own options; the adapter validates them when it loads.
     options: dict[str, Any] = Field(default_factory=dict)
+
+    @property
+    def cached(self) -> bool:
+        """Whether clients and workers look for this model's answers, and store them."""
+        return self.cache == "on" or (self.cache == "auto" and self.adapter not in _FREE_ADAPTERS)
 
 
 class ImageConfig(Section):
@@ -259,6 +270,21 @@ class Delivery(Section):
     result_ttl_s: Annotated[Count, Field(ge=60)] = 3_600
 
 
+class NearMemory(Section):
+    """Answers kept in each client's own memory."""
+
+    size: Size = 64 * 10**6
+    ttl_s: Annotated[Count, Field(ge=1)] = 300
+
+
+class CacheConfig(Section):
+    """The result cache, beside ``models.<alias>.cache_ttl_s`` and ``model_storage.l2_redis.size``."""
+
+    near: NearMemory = NearMemory()
+    #: Larger answers are not stored.
+    entry_max_size: Size = 10**6
+
+
 class FleetConfig(Section):
     """The whole of queues.yaml."""
 
@@ -266,6 +292,7 @@ class FleetConfig(Section):
     models: Annotated[dict[Alias, ModelConfig], Field(min_length=1)]
     images: Annotated[dict[Alias, ImageConfig], Field(min_length=1)]
     delivery: Delivery = Delivery()
+    cache: CacheConfig = CacheConfig()
     model_storage: ModelStorage = ModelStorage()
     memory_config: MemoryConfig = MemoryConfig()
     storage_config: StorageConfig = StorageConfig()

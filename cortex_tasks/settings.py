@@ -82,7 +82,7 @@ class Settings(BaseModel):
     broker_url: RedisUrl = SecretStr("redis://127.0.0.1:6379/0")
     #: Where answers are kept; None: the broker's.
     result_url: RedisUrl | None = None
-    #: The L2 cache; None: the broker's.
+    #: The result cache; None: where answers are kept.
     cache_url: RedisUrl | None = None
     queues_file: Path | None = None
     #: The image this worker runs as; None: deduced from its queues.
@@ -116,9 +116,9 @@ class Settings(BaseModel):
         return (self.result_url or self.broker_url).get_secret_value()
 
     @property
-    def broker(self) -> str:
-        return self.broker_url.get_secret_value()
+    def cache(self) -> str:
+        return (self.cache_url or self.result_url or self.broker_url).get_secret_value()
 
     @property
-    def cache(self) -> str:
-        return (self.cache_url or self.broker_url).get_secret_value()
+    def broker(self) -> str:
+        return self.broker_url.get_secret_value()

@@ -10,21 +10,31 @@ import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Final
+from uuid import uuid4
 
 import redis
 from celery import Celery, Task, signals
 from celery.app import trace
+from redis.backoff import NoBackoff
+from redis.retry import Retry
 
 from cortex_tasks.app import make_app
+from cortex_tasks.cache.breaker import Breaker
+from cortex_tasks.cache.counters import Counters
+from cortex_tasks.cache.tiers import BULK_TIMEOUT_S, cache_options
 from cortex_tasks.catalog import nearest
 from cortex_tasks.codec import HEADER
-from cortex_tasks.config import Delivery, FleetConfig, Settings, load_fleet
+from cortex_tasks.config import Delivery, FleetConfig, Settings, load_fleet, mask_url
 from cortex_tasks.errors import CortexError
 from workers.admission import Events
+from workers.celery_hooks.backend import BatchedRedisBackend
 from workers.celery_hooks.leases import LeaseKeeper
 from workers.celery_hooks.transport import register_transport
 from workers.dead_letters import DeadLetters
+from workers.desk import CacheDesk
+from workers.flights import FlightTower
 from workers.health import Health
+from workers.herald import Herald
 from workers.registry import Registry
 from workers.resources import calm_openmp, device, keep_memory, spare_garbage, threads_for
 from workers.runner import Runner
@@ -61,6 +71,7 @@ class Wiring:
         self._runners: dict[str, Runner] = {}
         self._local: Runner
         self._events: Events
+        self._desk: CacheDesk | None = None
         self._lease_keeper: LeaseKeeper | None = None
         self.health: Health | None = None
 
@@ -70,6 +81,27 @@ class Wiring:
         return redis.Redis.from_url(
             self.settings.broker, socket_timeout=max(timeout_s, 5.0), socket_connect_timeout=timeout_s
         )
+
+    def _new_desk(self, events: Events) -> CacheDesk:
+        """The result cache's part of this worker."""
+        client = redis.Redis.from_url(self.settings.cache, **cache_options(Retry(NoBackoff(), 0), BULK_TIMEOUT_S))
+        # No blanks: a claim in Redis is the owner and its lane.
+        owner = f"{os.getpid()}@{socket.gethostname()}:{uuid4().hex[:8]}".replace(" ", "_")
+        breaker = Breaker(mask_url(self.settings.cache))
+        tower = FlightTower(client, owner, self.fleet.model_storage.l2_redis.size, breaker)
+        desk = CacheDesk(
+            tower,
+            self.registry,
+            events,
+            Herald(self.registry, tower.activate),
+            lambda job: self._runners[job.model].submit(job),
+            counters=Counters(),
+            entry_max_bytes=self.fleet.cache.entry_max_size,
+        )
+        backend = self.app.backend
+        if isinstance(backend, BatchedRedisBackend) and self.settings.cache == self.settings.results:
+            backend.rider = desk.ledger
+        return desk
 
     @property
     def queues(self) -> tuple[str, ...]:
@@ -102,8 +134,9 @@ class Wiring:
     def start(self, events: Events) -> None:
         """Load the pinned models, side by side, and start the threads. Returns when all are warm or known to fail."""
         registry = self.registry
-        self._events = events
-        self._local = Runner("local", registry, events)
+        self._desk = self._new_desk(events)
+        self._events = self._desk
+        self._local = Runner("local", registry, self._events)
         self._runners = {alias: self._runner_for(alias) for alias in registry.models}
         self.health = Health(
             node=self.node,
@@ -122,6 +155,7 @@ class Wiring:
         spare_garbage()
         for runner in self._all_runners():
             runner.start()
+        self._desk.start()
         if self.settings.transport == "cortex":
             self._lease_keeper = LeaseKeeper(self.connect, self.fleet.delivery.lease_s)
             self._lease_keeper.start()
@@ -135,7 +169,10 @@ class Wiring:
 
     def submit(self, job: Job) -> None:
         """Raises UnknownModel when this worker does not serve the job's model."""
-        (self._runners.get(job.model) or self._adopt(job.model)).submit(job)
+        if job.model not in self._runners:
+            self._adopt(job.model)
+        assert self._desk is not None, "the worker has started"
+        self._desk.submit(job)
 
     def _adopt(self, alias: str) -> Runner:
         """The runner of a model whose queue was added while the worker runs (``celery control add_consumer``)."""
@@ -161,12 +198,16 @@ class Wiring:
         """Tell the runners to finish what has started; returns those still to be joined."""
         if self.health is not None:
             self.health.announce("stopping")
+        if self._desk is not None:
+            self._desk.stop()
         runners = [runner for runner in self._all_runners() if runner.ident is not None]
         for runner in runners:
             runner.stop()
         return runners
 
     def close(self) -> None:
+        if self._desk is not None:
+            self._desk.close()
         if self._lease_keeper is not None:
             self._lease_keeper.stop()
         if self.health is not None:

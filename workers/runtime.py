@@ -12,8 +12,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from cortex_tasks.codec import Answer
+from cortex_tasks.derived import scaled
 from cortex_tasks.errors import CortexError, InferenceFailed
-from cortex_tasks.payloads import Lane, Params, Timings
+from cortex_tasks.payloads import CachePolicy, Lane, Params, Timings
 from workers.adapters import Adapter, Item
 from workers.batching import Group
 
@@ -55,6 +56,11 @@ class Job:
     #: Epoch seconds of submission; None: not told.
     sent_at_s: float | None = None
     packed: bool = False
+    cache: CachePolicy = "use"
+    #: ``params`` are those that answers are stored under; the answers asked for are made from them.
+    derived: bool = False
+    #: Items that were found in the cache.
+    known_items: int = 0
     #: It was in a worker's hands before; that worker is gone.
     suspect: bool = False
     #: The caller's own (the pool's ticket).
@@ -147,15 +153,26 @@ def answer(job: Job, revision: str) -> Answer:
             prepare_ms=round(watch.prepare_ms, 3),
             forward_ms=round(watch.forward_ms, 3),
             finish_ms=round(watch.finish_ms, 3),
-            cached=None,
+            cached="l2" if job.known_items and job.known_items == len(job.good_inputs()) else None,
             batch_items=watch.batch_items,
         ),
         items=[
             {"error": outcome.to_wire()} if isinstance(outcome, CortexError) else {"value": outcome}
-            for outcome in job.outcomes
+            for outcome in _asked(job)
         ],
         packed=job.packed,
     )
+
+
+def _asked(job: Job) -> list[Any]:
+    """The outcomes in the form that was asked for."""
+    if not job.derived:
+        return job.outcomes
+    indexes = [index for index, outcome in enumerate(job.outcomes) if isinstance(outcome, dict)]
+    outcomes = list(job.outcomes)
+    for index, data in zip(indexes, scaled([outcomes[index]["data"] for index in indexes]), strict=True):
+        outcomes[index] = {**outcomes[index], "data": data}
+    return outcomes
 
 
 def run_alone(job: Job, adapter: Adapter, clock: Callable[[], float] = time.perf_counter) -> None:

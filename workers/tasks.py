@@ -11,10 +11,12 @@ from celery import Celery, Task
 
 from cortex_tasks.catalog import TASKS, task_spec
 from cortex_tasks.codec import HEADER, lane_of
-from cortex_tasks.config import FleetConfig, Limits
+from cortex_tasks.config import FleetConfig, Limits, ModelConfig
+from cortex_tasks.derived import is_derived
 from cortex_tasks.errors import CortexError, InvalidInput, ModelError, ModelUnavailable, UnknownModel
 from cortex_tasks.inputs import check_input, check_params, is_single
-from cortex_tasks.payloads import Params, TextParams
+from cortex_tasks.keys import stored_params
+from cortex_tasks.payloads import CachePolicy, Params, TextParams
 from workers.runtime import Job
 
 __all__ = ["InferenceTask", "register_tasks", "slot", "to_job"]
@@ -88,7 +90,7 @@ def to_job(
     if not isinstance(alias, str | None):
         raise UnknownModel(f"a model's name must be a str, not {type(alias).__name__}")
     alias, model = fleet.model(alias, spec.name)
-    checked, canonical = _known_params(spec.name, alias, params, model.limits)
+    checked, stored, canonical = _known_params(spec.name, alias, params, model)
     values = [inputs] if is_single(spec.name, inputs) else list(inputs)
     if len(values) > model.limits.inputs_per_job:
         raise InvalidInput(
@@ -102,29 +104,45 @@ def to_job(
         id=job_id,
         model=alias,
         task=spec.name,
-        params=checked,
+        params=stored,
+        derived=is_derived(checked, stored),
         canonical=canonical,
         inputs=[_checked(spec.name, value, model.limits, truncate) for value in values],
         lane=lane_of(_number(_mapping(headers.get("delivery_info")).get("priority"))),
         deadline_s=_epoch(headers.get("expires")),
         sent_at_s=_number(options.get("sent_at")),
         packed=bool(options.get("packed")),
+        cache=_policy(options.get("cache")) if model.cached else "off",
     )
 
 
+def _policy(given: Any) -> CachePolicy:
+    """A message's cache policy; of one that is unknown here, the safe one."""
+    return given if given in ("use", "refresh", "off") else "use" if given is None else "off"
+
+
 #: Parameters seen before, by what they came from: most jobs come with the same few.
-_seen: dict[tuple[Any, ...], tuple[Params, str]] = {}
+_seen: dict[tuple[Any, ...], tuple[Params, Params, str]] = {}
 _SEEN_MAX: Final = 512
 
 
-def _known_params(task: str, alias: str, params: Mapping[str, Any], limits: Limits) -> tuple[Params, str]:
-    """The checked parameters and their canonical form. Raises InvalidParameter."""
+def _known_params(task: str, alias: str, params: Mapping[str, Any], model: ModelConfig) -> tuple[Params, Params, str]:
+    """The checked parameters, those that are computed and stored, and these in canonical form.
+
+    Raises InvalidParameter.
+    """
+    limits = model.limits
     # The limits are the model's; repr tells 1 from True and 1.0, which compare equal.
-    key = (task, alias, limits, repr(sorted(params.items()))) if params else (task, alias, limits)
+    key = (
+        (task, alias, model.adapter, limits, repr(sorted(params.items())))
+        if params
+        else (task, alias, model.adapter, limits)
+    )
     known = _seen.get(key)
     if known is None:
         checked = check_params(task, params, limits)
-        known = (checked, checked.canonical())
+        stored = stored_params(checked, model.adapter)
+        known = (checked, stored, stored.canonical())
         if len(_seen) >= _SEEN_MAX:
             _seen.clear()
         _seen[key] = known

@@ -21,6 +21,7 @@ _COMMANDS: Final = {
     "run": "cortex_tasks.cli.run:run",
     "models": "cortex_tasks.cli.observe:models",
     "status": "cortex_tasks.cli.observe:status",
+    "cache": "cortex_tasks.cli.cache:cache",
     "dead": "cortex_tasks.cli.dead:dead",
     "queues": "cortex_tasks.cli.declared:queues",
     "config": "cortex_tasks.cli.declared:config",

@@ -10,9 +10,10 @@ from types import TracebackType
 from typing import Any, Final, Literal, Self, Unpack, overload
 
 from cortex_tasks import payloads as p
+from cortex_tasks.cache import AsyncCache, Shelf
 from cortex_tasks.client import options as o
 from cortex_tasks.client.coalesce import LoopCoalescer
-from cortex_tasks.client.core import Core, Draft, Order, Plan, batches, resolve, timed_out
+from cortex_tasks.client.core import Core, Draft, Order, Plan, Sifted, batches, resolve, timed_out
 from cortex_tasks.client.jobs import AsyncJob
 from cortex_tasks.client.map import Window, astream
 from cortex_tasks.client.progress import Progress
@@ -34,10 +35,11 @@ _LEAVING_TURNS: Final = 10
 class _Link:
     """What belongs to one event loop."""
 
-    def __init__(self, wire: AsyncWire, core: Core) -> None:
+    def __init__(self, wire: AsyncWire, core: Core, cache: AsyncCache | None) -> None:
         self.loop = asyncio.get_running_loop()
         self.wire = wire
-        self.core = core
+        self.core, self.cache = core, cache
+        core.shelf = cache.shelf if cache is not None else None
         self.replies = AsyncReplies(wire, core.channel)
         self.singles = LoopCoalescer(self)
         #: The streams under way, and the last words of those that were left early.
@@ -60,6 +62,25 @@ class _Link:
                         await self.wire.revoke([draft.id for draft in drafts[:sent]])
                     raise plan.full(len(batch), depth, await self.wire.cards())
                 sent += pushed
+
+    async def look_up(self, plan: Plan, values: Sequence[Any]) -> Sequence[p.Result | None]:
+        """What the cache knows of checked inputs: one entry each, or none at all. Raises nothing."""
+        if self.cache is None or plan.question is None or not values:
+            return ()
+        if plan.cache == "refresh":
+            self.cache.forget(plan.question, values)
+            return ()
+        return await self.cache.look_up(plan.question, values)
+
+    def nearby(self, plan: Plan, value: Any) -> p.Result | None:
+        """The answer to one checked input, if this process has it in memory."""
+        if self.cache is None or plan.question is None or plan.cache != "use":
+            return None
+        return self.cache.nearby(plan.question, value)
+
+    async def order(self, plan: Plan, sifted: Sifted, *, one_job: bool = False) -> Order:
+        """Jobs for what the cache does not know."""
+        return plan.draft(sifted, await self.look_up(plan, sifted.values), one_job=one_job)
 
     def forget(self, tickets: Sequence[Ticket]) -> None:
         """Await these no longer."""
@@ -94,6 +115,8 @@ class _Link:
         await self.singles.close()
         await self.replies.close()
         await self.wire.close()
+        if self.cache is not None:
+            await self.cache.close()
 
 
 class AsyncCortex:
@@ -111,7 +134,12 @@ class AsyncCortex:
         timeout_s: float = 30.0,
     ) -> None:
         chosen, fleet = resolve(url, settings, fleet)
-        self._set_up(lambda: AsyncRedisWire(chosen), lambda: Core(fleet, timeout_s), mask_url(chosen.broker))
+
+        def cache() -> AsyncCache:
+            near = fleet.cache.near
+            return AsyncCache(chosen, Shelf(near.size, near.ttl_s))
+
+        self._set_up(lambda: AsyncRedisWire(chosen), lambda: Core(fleet, timeout_s), mask_url(chosen.broker), cache)
 
     @classmethod
     def _over(
@@ -119,11 +147,13 @@ class AsyncCortex:
     ) -> Self:
         """A client over another wire than Redis. ``clock``: epoch seconds."""
         client = cls.__new__(cls)
-        client._set_up(wire, lambda: Core(fleet, timeout_s, clock), "memory")
+        client._set_up(wire, lambda: Core(fleet, timeout_s, clock), "memory", lambda: None)
         return client
 
-    def _set_up(self, wire: Callable[[], AsyncWire], core: Callable[[], Core], name: str) -> None:
-        self._wire, self._core, self._name = wire, core, name
+    def _set_up(
+        self, wire: Callable[[], AsyncWire], core: Callable[[], Core], name: str, cache: Callable[[], AsyncCache | None]
+    ) -> None:
+        self._wire, self._core, self._name, self._cache = wire, core, name, cache
         self._current: _Link | None = None
 
     def __repr__(self) -> str:
@@ -245,8 +275,10 @@ class AsyncCortex:
         **params: Any,
     ) -> AsyncJob[Any]:
         """Queue one job and return at once; see ``Cortex.submit``."""
-        plan = self._link().core.plan(task, model=model, lane=lane, deadline_s=deadline_s, cache=cache, **params)
-        order = plan.order_one(inputs) if is_single(task, inputs) else plan.order(inputs, one_job=True)
+        link = self._link()
+        plan = link.core.plan(task, model=model, lane=lane, deadline_s=deadline_s, cache=cache, **params)
+        sifted = plan.sift_one(inputs) if is_single(task, inputs) else plan.sift(inputs)
+        order = await link.order(plan, sifted, one_job=True)
         order.check_one_job()
         tickets = await self._send(order)
         return AsyncJob(self, order, tickets[0] if tickets else None)
@@ -281,7 +313,7 @@ class AsyncCortex:
 
     def _link(self) -> _Link:
         if self._current is None:
-            self._current = _Link(self._wire(), self._core())
+            self._current = _Link(self._wire(), self._core(), self._cache())
         elif self._current.loop is not asyncio.get_running_loop():
             raise RuntimeError("an AsyncCortex belongs to one event loop: make one for each, or aclose() it first")
         return self._current
@@ -290,8 +322,10 @@ class AsyncCortex:
         link = self._link()
         plan = link.core.plan(task, **options)
         if is_single(task, inputs):
-            return await link.singles.ask(plan, plan.check(inputs))
-        order = plan.order(inputs)
+            value = plan.check(inputs)
+            known = link.nearby(plan, value)
+            return known if known is not None else await link.singles.ask(plan, value)
+        order = await link.order(plan, plan.sift(inputs))
         tickets = await self._send(order)
         with link.replies.giving_up(tickets):
             await self._wait(plan, tickets, plan.timeout_s)

@@ -27,6 +27,7 @@ GROUP_CHARS: Final = 32_768
 class ThreadLink(Protocol):
     """What a ``ThreadCoalescer`` needs of its client."""
 
+    def look_up(self, plan: Plan, values: Sequence[Any]) -> Sequence[Any]: ...
     def publish(self, plan: Plan, tickets: Sequence[Ticket], drafts: Sequence[Draft]) -> None: ...
     def forget(self, tickets: Sequence[Ticket]) -> None: ...
     def why_late(self, plan: Plan, waited_s: float) -> CortexError: ...
@@ -35,6 +36,7 @@ class ThreadLink(Protocol):
 class LoopLink(Protocol):
     """What a ``LoopCoalescer`` needs of its client."""
 
+    async def look_up(self, plan: Plan, values: Sequence[Any]) -> Sequence[Any]: ...
     async def publish(self, plan: Plan, tickets: Sequence[Ticket], drafts: Sequence[Draft]) -> None: ...
     def forget(self, tickets: Sequence[Ticket]) -> None: ...
     async def why_late(self, plan: Plan, waited_s: float) -> CortexError: ...
@@ -136,13 +138,25 @@ class _Pending:
             known[1].append(seat)
 
     def take(self) -> list[tuple[Plan, list[Any]]]:
-        """Everyone, in lists that fit in a message each."""
+        """Everyone, by kind of job."""
         kinds, self._kinds = self._kinds, {}
-        return [
-            (plan, seats[part])
-            for plan, seats in kinds.values()
-            for part in cut([seat.value for seat in seats], min(GROUP_INPUTS, plan.limits.inputs_per_job), GROUP_CHARS)
-        ]
+        return list(kinds.values())
+
+
+def _parts(plan: Plan, seats: list[Any]) -> list[list[Any]]:
+    """Seats in lists that fit in a message each."""
+    most = min(GROUP_INPUTS, plan.limits.inputs_per_job)
+    return [seats[part] for part in cut([seat.value for seat in seats], most, GROUP_CHARS)]
+
+
+def _unknown(seats: list[Any], found: Sequence[Any]) -> list[Any]:
+    """The seats less those for which the cache ``found`` an answer, who get it."""
+    if not found:
+        return seats
+    for seat, item in zip(seats, found, strict=True):
+        if item is not None:
+            seat.settle(item)
+    return [seat for seat, item in zip(seats, found, strict=True) if item is None]
 
 
 class LoopCoalescer:
@@ -155,6 +169,8 @@ class LoopCoalescer:
         #: Held here until they are settled; with the task that publishes them.
         self._riding: dict[_Group, asyncio.TimerHandle | None] = {}
         self._tasks: set[asyncio.Task[None]] = set()
+        #: Who is being published, some of whom do not ride yet.
+        self._departing: dict[asyncio.Task[None], list[_LoopSeat]] = {}
 
     async def ask(self, plan: Plan, value: Any) -> Any:
         """The result of one checked input. Raises its error."""
@@ -173,21 +189,29 @@ class LoopCoalescer:
 
     def _depart(self) -> None:
         self._scheduled = False
-        task = asyncio.get_running_loop().create_task(self._publish(self._pending.take()))
+        kinds = self._pending.take()
+        task = asyncio.get_running_loop().create_task(self._publish(kinds))
+        self._departing[task] = [seat for _, seats in kinds for seat in seats]
+        task.add_done_callback(self._departing.pop)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
     async def _publish(self, parts: list[tuple[Plan, list[_LoopSeat]]]) -> None:
         by_envelope: dict[Any, list[_Group]] = {}
         for plan, seats in parts:
-            waiting = [seat for seat in seats if not seat.future.done()]
-            if waiting:
+            for waiting in _parts(plan, await self._look_up(plan, seats)):
                 group = _Group(plan.order_checked([seat.value for seat in waiting]), waiting, self._settled)
                 for seat in waiting:
                     seat.group = group
                 by_envelope.setdefault(plan.envelope, []).append(group)
         for groups in by_envelope.values():
             await self._push(groups)
+
+    async def _look_up(self, plan: Plan, seats: list[_LoopSeat]) -> list[_LoopSeat]:
+        """Those who still wait once the cache was asked."""
+        if plan.question is not None:
+            seats = _unknown(seats, await self._link.look_up(plan, [seat.value for seat in seats]))
+        return [seat for seat in seats if not seat.future.done()]
 
     async def _push(self, groups: list[_Group]) -> None:
         loop = asyncio.get_running_loop()
@@ -235,9 +259,13 @@ class LoopCoalescer:
 
     async def close(self) -> None:
         """Nobody is left waiting: who still does gets a CancelledError."""
+        left = [seat for seats in self._departing.values() for seat in seats]
+        left += [seat for _, seats in self._pending.take() for seat in seats]
         for task in list(self._tasks):
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
+        for waiting in left:
+            waiting.future.cancel()
         riding, self._riding = self._riding, {}
         for group, timer in riding.items():
             if timer is not None:
@@ -264,7 +292,7 @@ class ThreadCoalescer:
             self._pending.add(plan, seat)
         with self._publishing:
             # Whoever publishes takes everyone who came meanwhile; those then find themselves taken.
-            if seat.group is None:
+            if seat.group is None and seat.outcome is None:
                 self._depart()
         try:
             if not seat.wait(plan.timeout_s):
@@ -278,20 +306,37 @@ class ThreadCoalescer:
 
     def _depart(self) -> None:
         with self._lock:
-            parts = self._pending.take()
+            kinds = self._pending.take()
+        try:
+            unknown = [(plan, self._look_up(plan, seats)) for plan, seats in kinds]
+        except BaseException:
+            # Ctrl-C in this thread: each of the others, who wait for their turn, publishes for itself.
+            with self._lock:
+                for plan, seats in kinds:
+                    for seat in seats:
+                        self._pending.add(plan, seat)
+            raise
         by_envelope: dict[Any, list[_Group]] = {}
-        for plan, seats in parts:
-            group = _Group(plan.order_checked([seat.value for seat in seats]), seats, self._riding.discard)
-            for seat in seats:
-                seat.group = group
-            by_envelope.setdefault(plan.envelope, []).append(group)
+        for plan, everyone in unknown:
+            for seats in _parts(plan, everyone):
+                group = _Group(plan.order_checked([seat.value for seat in seats]), seats, self._riding.discard)
+                for seat in seats:
+                    seat.group = group
+                by_envelope.setdefault(plan.envelope, []).append(group)
         for groups in by_envelope.values():
             self._push(groups)
+
+    def _look_up(self, plan: Plan, seats: list[_ThreadSeat]) -> list[_ThreadSeat]:
+        """Those who still wait once the cache was asked."""
+        if plan.question is None:
+            return seats
+        return _unknown(seats, self._link.look_up(plan, [seat.value for seat in seats]))
 
     def _leave(self, seat: _ThreadSeat) -> None:
         """A caller gives up; with the last one goes the interest in the answer."""
         group = seat.group
-        assert group is not None
+        if group is None:
+            return
         with self._lock:
             group.left += 1
             empty = group.left == len(group.seats)

@@ -15,9 +15,10 @@ from uuid import uuid4
 
 from pydantic import ValidationError
 
+from cortex_tasks.cache import Question, Shelf
 from cortex_tasks.catalog import TaskSpec, nearest, task_spec
 from cortex_tasks.codec import reply_channel
-from cortex_tasks.config import FleetConfig, Limits, load_fleet
+from cortex_tasks.config import FleetConfig, Limits, ModelConfig, load_fleet
 from cortex_tasks.errors import (
     ConfigError,
     CortexError,
@@ -30,14 +31,26 @@ from cortex_tasks.errors import (
     ResultTimeout,
 )
 from cortex_tasks.inputs import check_input, check_params
-from cortex_tasks.payloads import CachePolicy, Lane
+from cortex_tasks.payloads import CachePolicy, Lane, Params, Result
 from cortex_tasks.presence import WorkerCard
 from cortex_tasks.publish import Envelope, new_id
 from cortex_tasks.replies import Outcome
 from cortex_tasks.results import JobResult, error_from_meta, parse
 from cortex_tasks.settings import Settings, mask_url
 
-__all__ = ["JOB_CHARS", "Core", "Draft", "Order", "Plan", "batches", "cut", "resolve", "timed_out", "weight_of"]
+__all__ = [
+    "JOB_CHARS",
+    "Core",
+    "Draft",
+    "Order",
+    "Plan",
+    "Sifted",
+    "batches",
+    "cut",
+    "resolve",
+    "timed_out",
+    "weight_of",
+]
 
 #: Kinds of jobs whose envelopes are kept.
 _ENVELOPES: Final = 256
@@ -98,13 +111,24 @@ def batches(drafts: Iterable[Draft]) -> Iterator[list[Draft]]:
 
 
 @dataclass(frozen=True, slots=True)
+class Sifted:
+    """The inputs of one call, checked: the good ones in their canonical form, at their indexes, and the others."""
+
+    count: int
+    values: list[Any]
+    indexes: Sequence[int]
+    refused: Mapping[int, InvalidInput]
+
+
+@dataclass(frozen=True, slots=True)
 class Order:
-    """The inputs of one call: some refused on the spot, the others in jobs."""
+    """The inputs of one call: some refused on the spot, some answered by the cache, the others in jobs."""
 
     plan: Plan
     count: int
     drafts: list[Draft]
     refused: Mapping[int, InvalidInput]
+    known: Mapping[int, Result] = field(default_factory=dict)
 
     def check_one_job(self) -> None:
         """Raises InvalidInput when the inputs do not fit in one job."""
@@ -123,7 +147,7 @@ class Order:
         """
         errors = [error for outcome in outcomes if (error := _failure(outcome)) is not None]
         for error in errors:
-            if len(errors) == len(outcomes) or isinstance(error, JobCancelled):
+            if (len(errors) == len(outcomes) and not self.known) or isinstance(error, JobCancelled):
                 raise error
         return self.entries(outcomes)
 
@@ -131,16 +155,18 @@ class Order:
         """As ``result``, but the error of a job always becomes the error of its inputs."""
         task = self.plan.spec.name
         parts = [_part(task, draft, outcome) for draft, outcome in zip(self.drafts, outcomes, strict=True)]
-        if len(parts) == 1 and not self.refused:
+        if len(parts) == 1 and not self.refused and not self.known:
             return parts[0]
         items: list[Any] = [None] * self.count
-        for index, refusal in self.refused.items():
-            items[index] = refusal
+        for index, settled in (*self.refused.items(), *self.known.items()):
+            items[index] = settled
         for draft, part in zip(self.drafts, parts, strict=True):
             for index, item in zip(draft.indexes, part.items, strict=True):
                 items[index] = item
-        empty: JobResult[Any] = JobResult(task, ())
-        slowest = max((part for part in parts if part.model), key=lambda part: part.timings.total_ms, default=empty)
+        none: JobResult[Any] = JobResult(task, ())
+        for first in list(self.known.values())[:1]:
+            none = JobResult(task, (), first.model, first.revision, first.timings)
+        slowest = max((part for part in parts if part.model), key=lambda part: part.timings.total_ms, default=none)
         return replace(slowest, items=tuple(items))
 
 
@@ -179,6 +205,9 @@ class Plan:
     #: How long the caller waits for an answer.
     timeout_s: float
     clock: Callable[[], float]
+    #: What to ask the cache; None where it is not to be asked.
+    question: Question | None = None
+    cache: CachePolicy = "use"
 
     def check(self, value: Any) -> Any:
         """One input in its canonical form. Raises InvalidInput."""
@@ -186,17 +215,14 @@ class Plan:
 
     def order_checked(self, values: list[Any]) -> Order:
         """Inputs that were checked before, as one job."""
-        return self._order(values, range(len(values)), {}, len(values), one_job=True)
+        return self.draft(Sifted(len(values), values, range(len(values)), {}), one_job=True)
 
-    def order_one(self, value: Any) -> Order:
+    def sift_one(self, value: Any) -> Sifted:
         """One input. Raises InvalidInput."""
-        return self.order_checked([self.check(value)])
+        return Sifted(1, [self.check(value)], (0,), {})
 
-    def order(self, inputs: Iterable[Any], *, one_job: bool = False) -> Order:
-        """Several inputs; a bad one becomes an entry of its own and its neighbours go on.
-
-        They are cut into jobs that several workers can share; ``one_job`` cuts only at the model's own limit.
-        """
+    def sift(self, inputs: Iterable[Any]) -> Sifted:
+        """Several inputs; a bad one becomes an entry of its own and its neighbours go on."""
         good: list[Any] = []
         indexes: list[int] = []
         refused: dict[int, InvalidInput] = {}
@@ -208,17 +234,23 @@ class Plan:
                 indexes.append(index)
             except InvalidInput as error:
                 refused[index] = error
-        return self._order(good, indexes, refused, count, one_job=one_job)
+        return Sifted(count, good, indexes, refused)
 
-    def _order(
-        self,
-        inputs: list[Any],
-        indexes: Sequence[int],
-        refused: Mapping[int, InvalidInput],
-        count: int,
-        *,
-        one_job: bool,
-    ) -> Order:
+    def order(self, inputs: Iterable[Any], *, one_job: bool = False) -> Order:
+        """Several inputs, of which the cache is not asked."""
+        return self.draft(self.sift(inputs), one_job=one_job)
+
+    def draft(self, sifted: Sifted, found: Sequence[Result | None] = (), *, one_job: bool = False) -> Order:
+        """Jobs for the good inputs less those that the cache ``found`` (one entry each; none at all: nothing found).
+
+        They are cut into jobs that several workers can share; ``one_job`` cuts only at the model's own limit.
+        """
+        inputs, indexes, known = sifted.values, sifted.indexes, {}
+        if any(item is not None for item in found):
+            places = list(zip(indexes, inputs, found, strict=True))
+            known = {index: item for index, _, item in places if item is not None}
+            inputs = [value for _, value, item in places if item is None]
+            indexes = [index for index, _, item in places if item is None]
         most, now = self.limits.inputs_per_job, self.clock()
         parts = cut(inputs, most, math.inf) if one_job else cut(inputs, min(most, JOB_INPUTS), JOB_CHARS)
         drafts = []
@@ -226,7 +258,7 @@ class Plan:
             job_id = new_id()
             message = self.envelope.seal(job_id, inputs[part], sent_at=now, deadline_s=self.deadline_s)
             drafts.append(Draft(job_id, message, indexes[part]))
-        return Order(self, count, drafts, refused)
+        return Order(self, sifted.count, drafts, sifted.refused, known)
 
     def full(self, jobs: int, depth: int, cards: Iterable[WorkerCard]) -> QueueFull:
         """The refusal of ``jobs`` by a queue in which ``depth`` jobs wait, with an estimate of when there is room."""
@@ -249,6 +281,8 @@ class Core:
     clock: Callable[[], float] = time.time
     #: Names this client's reply channel.
     client_id: str = field(default_factory=lambda: uuid4().hex)
+    #: None: the cache is never asked.
+    shelf: Shelf | None = None
     _envelopes: dict[Any, Envelope] = field(default_factory=dict)
     _plans: dict[Any, Plan] = field(default_factory=dict)
 
@@ -319,7 +353,14 @@ class Core:
             deadline_s=deadline_s,
             timeout_s=self.timeout_s if timeout_s is None else timeout_s,
             clock=self.clock,
+            question=self._question(spec, alias, checked, config) if cache != "off" else None,
+            cache=cache,
         )
+
+    def _question(self, spec: TaskSpec, alias: str, params: Params, config: ModelConfig) -> Question | None:
+        if self.shelf is None or not (spec.cacheable and config.cached):
+            return None
+        return self.shelf.question(spec, alias, params, config.adapter)
 
 
 def resolve(url: str | None, settings: Settings | None, fleet: FleetConfig | None) -> tuple[Settings, FleetConfig]:

@@ -15,9 +15,11 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final, Generic, Literal, TypeVar
 
 from cortex_tasks.catalog import InputKind
-from cortex_tasks.client.core import JOB_CHARS, Draft, Order, Plan
+from cortex_tasks.client.core import JOB_CHARS, Draft, Order, Plan, Sifted
 from cortex_tasks.client.progress import Progress
+from cortex_tasks.client.stretch import stretched
 from cortex_tasks.errors import BrokerUnavailable, InvalidParameter
+from cortex_tasks.payloads import Result
 from cortex_tasks.replies import LoopTicket, ThreadTicket, Ticket
 
 if TYPE_CHECKING:
@@ -83,19 +85,33 @@ class Window(Generic[K]):
         self.exhausted = False
         self.retry_at = 0.0
         self.chunks: deque[Chunk[K]] = deque()
+        #: What was read and is to be looked up; see ``place``.
+        self.fresh: list[Sifted] = []
         self._unsent: list[Chunk[K]] = []
         self._ticket, self._raise = ticket, errors == "raise"
 
     def wants(self) -> bool:
         """Whether to read on."""
-        return not self.exhausted and len(self.chunks) + self.step <= self.jobs
+        return not self.exhausted and len(self.chunks) + len(self.fresh) + self.step <= self.jobs
 
     def add(self, inputs: Sequence[Any]) -> None:
         """The next inputs of the source: at most ``chunk``; none at all means that it has ended."""
         if not inputs:
             self.exhausted = True
             return
-        order = self.plan.order(inputs, one_job=True)
+        sifted = self.plan.sift(inputs)
+        if self.plan.question is not None:
+            self.fresh.append(sifted)
+        else:
+            self._line_up(self.plan.draft(sifted, one_job=True))
+
+    def place(self, found: Sequence[Result | None]) -> None:
+        """Make chunks of ``fresh``. ``found``: what the cache knows of its inputs, one entry each, or none at all."""
+        fresh, self.fresh = self.fresh, []
+        for sifted, known in stretched(fresh, found, self.chunk, self.chars):
+            self._line_up(self.plan.draft(sifted, known, one_job=True))
+
+    def _line_up(self, order: Order) -> None:
         ticket = self._ticket(order.drafts[0].id) if order.drafts else None
         chunk = Chunk(order, ticket, sent=ticket is None)
         self.chunks.append(chunk)
@@ -188,10 +204,16 @@ def _fill(client: Cortex, flow: Window[ThreadTicket], source: Iterator[Any]) -> 
     """Keep the workers busy first; go on reading only while there is nothing to hand out."""
     while flow.wants():
         flow.read(source)
+        if flow.fresh:
+            flow.place(client._link().look_up(flow.plan, _values(flow.fresh)))
         _publish(client, flow)
         if flow.chunks and flow.chunks[0].done:
             return
     _publish(client, flow)
+
+
+def _values(fresh: Sequence[Sifted]) -> list[Any]:
+    return [value for sifted in fresh for value in sifted.values]
 
 
 def _publish(client: Cortex, flow: Window[ThreadTicket]) -> None:
@@ -280,6 +302,8 @@ async def astream(
         while flow.chunks or not flow.exhausted:
             await _something(client, flow, inlet)
             inlet.fill(flow)
+            if flow.fresh:
+                flow.place(await link.look_up(flow.plan, _values(flow.fresh)))
             await _apublish(client, flow)
             while flow.chunks and flow.chunks[0].done:
                 found = flow.answers()

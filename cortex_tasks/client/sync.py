@@ -11,9 +11,10 @@ from typing import Any, Literal, Self, TypeVar, Unpack, overload
 from weakref import WeakSet
 
 from cortex_tasks import payloads as p
+from cortex_tasks.cache import Cache, Shelf
 from cortex_tasks.client import options as o
 from cortex_tasks.client.coalesce import ThreadCoalescer
-from cortex_tasks.client.core import Core, Draft, Order, Plan, batches, resolve, timed_out
+from cortex_tasks.client.core import Core, Draft, Order, Plan, Sifted, batches, resolve, timed_out
 from cortex_tasks.client.jobs import Job
 from cortex_tasks.client.map import Window, stream
 from cortex_tasks.client.progress import Progress
@@ -34,9 +35,10 @@ T = TypeVar("T")
 class _Link:
     """What belongs to one process: after a fork the child makes its own."""
 
-    def __init__(self, wire: Wire, core: Core) -> None:
+    def __init__(self, wire: Wire, core: Core, cache: Cache | None) -> None:
         self.wire = wire
-        self.core = core
+        self.core, self.cache = core, cache
+        core.shelf = cache.shelf if cache is not None else None
         self.replies = Replies(wire, core.channel)
         self.singles = ThreadCoalescer(self)
 
@@ -56,6 +58,25 @@ class _Link:
                     raise plan.full(len(batch), depth, self.wire.cards())
                 sent += pushed
 
+    def look_up(self, plan: Plan, values: Sequence[Any]) -> Sequence[p.Result | None]:
+        """What the cache knows of checked inputs: one entry each, or none at all. Raises nothing."""
+        if self.cache is None or plan.question is None or not values:
+            return ()
+        if plan.cache == "refresh":
+            self.cache.forget(plan.question, values)
+            return ()
+        return self.cache.look_up(plan.question, values)
+
+    def nearby(self, plan: Plan, value: Any) -> p.Result | None:
+        """The answer to one checked input, if this process has it in memory."""
+        if self.cache is None or plan.question is None or plan.cache != "use":
+            return None
+        return self.cache.nearby(plan.question, value)
+
+    def order(self, plan: Plan, sifted: Sifted, *, one_job: bool = False) -> Order:
+        """Jobs for what the cache does not know."""
+        return plan.draft(sifted, self.look_up(plan, sifted.values), one_job=one_job)
+
     def forget(self, tickets: Sequence[Ticket]) -> None:
         """Await these no longer."""
         self.replies.forget(tickets)
@@ -69,6 +90,8 @@ class _Link:
     def close(self) -> None:
         self.replies.close()
         self.wire.close()
+        if self.cache is not None:
+            self.cache.close()
 
 
 class Cortex:
@@ -91,17 +114,24 @@ class Cortex:
         timeout_s: float = 30.0,
     ) -> None:
         chosen, fleet = resolve(url, settings, fleet)
-        self._set_up(lambda: RedisWire(chosen), lambda: Core(fleet, timeout_s), mask_url(chosen.broker))
+
+        def cache() -> Cache:
+            near = fleet.cache.near
+            return Cache(chosen, Shelf(near.size, near.ttl_s))
+
+        self._set_up(lambda: RedisWire(chosen), lambda: Core(fleet, timeout_s), mask_url(chosen.broker), cache)
 
     @classmethod
     def _over(cls, wire: Callable[[], Wire], fleet: FleetConfig, timeout_s: float, clock: Callable[[], float]) -> Self:
         """A client over another wire than Redis. ``clock``: epoch seconds."""
         client = cls.__new__(cls)
-        client._set_up(wire, lambda: Core(fleet, timeout_s, clock), "memory")
+        client._set_up(wire, lambda: Core(fleet, timeout_s, clock), "memory", lambda: None)
         return client
 
-    def _set_up(self, wire: Callable[[], Wire], core: Callable[[], Core], name: str) -> None:
-        self._wire, self._core, self._name = wire, core, name
+    def _set_up(
+        self, wire: Callable[[], Wire], core: Callable[[], Core], name: str, cache: Callable[[], Cache | None]
+    ) -> None:
+        self._wire, self._core, self._name, self._cache = wire, core, name, cache
         self._after_fork()
         _clients.add(self)
 
@@ -228,8 +258,10 @@ class Cortex:
 
         Raises RequestError for what can never work, QueueFull, BrokerUnavailable.
         """
-        plan = self._link().core.plan(task, model=model, lane=lane, deadline_s=deadline_s, cache=cache, **params)
-        order = plan.order_one(inputs) if is_single(task, inputs) else plan.order(inputs, one_job=True)
+        link = self._link()
+        plan = link.core.plan(task, model=model, lane=lane, deadline_s=deadline_s, cache=cache, **params)
+        sifted = plan.sift_one(inputs) if is_single(task, inputs) else plan.sift(inputs)
+        order = link.order(plan, sifted, one_job=True)
         order.check_one_job()
         tickets = self._send(order)
         return Job(self, order, tickets[0] if tickets else None)
@@ -268,15 +300,17 @@ class Cortex:
     def _link(self) -> _Link:
         with self._lock:
             if self._current is None:
-                self._current = _Link(self._wire(), self._core())
+                self._current = _Link(self._wire(), self._core(), self._cache())
             return self._current
 
     def _ask(self, task: str, inputs: Any, options: dict[str, Any]) -> Any:
         link = self._link()
         plan = link.core.plan(task, **options)
         if is_single(task, inputs):
-            return link.singles.ask(plan, plan.check(inputs))
-        order = plan.order(inputs)
+            value = plan.check(inputs)
+            known = link.nearby(plan, value)
+            return known if known is not None else link.singles.ask(plan, value)
+        order = link.order(plan, plan.sift(inputs))
         tickets = self._send(order)
         with link.replies.giving_up(tickets):
             self._wait(plan, tickets, plan.timeout_s)

@@ -14,7 +14,7 @@ from celery.exceptions import TaskRevokedError
 
 from cortex_tasks.presence import WorkerCard
 from tests.support.redis_server import RedisServer
-from tests.support.worker_process import WorkerProcess, poll_until
+from tests.support.worker_process import WorkerProcess, forget_answers, poll_until
 
 pytestmark = pytest.mark.fleet
 
@@ -69,6 +69,7 @@ def bench(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bench]:
 
 @pytest.fixture(autouse=True)
 def at_rest(bench: Bench) -> Iterator[None]:
+    forget_answers(bench.worker.url)
     yield
     bench.gate.unlink(missing_ok=True)
     poll_until(lambda: bench.redis.hlen("unacked") == 0, "nothing left unacknowledged")

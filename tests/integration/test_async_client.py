@@ -30,7 +30,7 @@ from cortex_tasks.codec import loads, result_key
 from cortex_tasks.config import FleetConfig
 from cortex_tasks.echo import echo_vector
 from tests.support.redis_server import RedisServer
-from tests.support.worker_process import QUEUES_FILE, ROOT, WorkerProcess
+from tests.support.worker_process import QUEUES_FILE, ROOT, WorkerProcess, forget_answers
 
 pytestmark = pytest.mark.fleet
 
@@ -56,6 +56,11 @@ def worker(tmp_path_factory: pytest.TempPathFactory, server: RedisServer, gate: 
     log = tmp_path_factory.mktemp("worker") / "worker.log"
     with WorkerProcess(server.url, log, env={"CORTEX_TEST_GATE": str(gate)}) as worker:
         yield worker
+
+
+@pytest.fixture(autouse=True)
+def _nothing_known(worker: WorkerProcess) -> None:
+    forget_answers(worker.url)
 
 
 @pytest.fixture
@@ -105,7 +110,7 @@ async def test_many_in_flight_get_their_own_answers_on_one_thread(client: AsyncC
 
 
 async def test_jobs_in_flight_share_forward_passes(client: AsyncCortex) -> None:
-    jobs = [await client.submit("embed", f"text {n}", "slow") for n in range(IN_FLIGHT)]
+    jobs = await asyncio.gather(*(client.submit("embed", f"text {n}", "slow") for n in range(IN_FLIGHT)))
     answers = [(await job.result()).timings.batch_items for job in jobs]
     assert max(answers) == 8, "the largest batch of model slow"
 

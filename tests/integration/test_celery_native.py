@@ -34,7 +34,7 @@ from cortex_tasks.echo import echo_vector
 from cortex_tasks.settings import Settings
 from cortex_tasks.tasks import register
 from tests.support.redis_server import RedisServer
-from tests.support.worker_process import QUEUES_FILE, ROOT, WorkerProcess, poll_until
+from tests.support.worker_process import QUEUES_FILE, ROOT, WorkerProcess, forget_answers, poll_until
 
 pytestmark = pytest.mark.fleet
 
@@ -80,6 +80,11 @@ def bench(tmp_path_factory: pytest.TempPathFactory, echo_fleet: FleetConfig) -> 
 def native_tasks(url: str, fleet: FleetConfig) -> dict[str, Task]:
     settings = Settings.model_validate({"broker_url": url})
     return register(make_app(settings, fleet, fail_fast=True), settings, fleet)
+
+
+@pytest.fixture(autouse=True)
+def _nothing_known(bench: Bench) -> None:
+    forget_answers(bench.url)
 
 
 @pytest.fixture

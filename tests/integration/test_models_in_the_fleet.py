@@ -132,6 +132,22 @@ def test_unnormalized_embeddings_are_those_before_the_last_module(fleet: ModelFl
     np.testing.assert_allclose(np.stack([answer.vector for answer in found]), raw.encode(TEXTS), atol=TOLERANCE)
 
 
+@pytest.mark.parametrize("first", [True, False], ids=["scaled first", "raw first"])
+def test_a_known_embedding_is_the_computed_one_in_either_form(fleet: ModelFleet, first: bool) -> None:
+    """One stored vector serves both forms, to the last bit."""
+    text = f"A text that is asked for in two forms, scaled first: {first}."
+    computed = {form: fleet.cortex.embed(text, normalize=form, cache="off") for form in (True, False)}
+    assert fleet.cortex.embed(text, normalize=first).timings.cached is None
+    for form in (True, False):
+        known = [fleet.cortex.embed(text, normalize=form) for _ in range(2)]
+        assert [item.timings.cached for item in known] == ["l2", "near"]
+        # Two passes of one model may differ in the last bit; the vectors' forms must agree with each other exactly.
+        assert known[0].data == known[1].data
+        np.testing.assert_allclose(known[0].vector, computed[form].vector, atol=TOLERANCE)
+    raw, scaled = fleet.cortex.embed(text, normalize=False).vector, fleet.cortex.embed(text).vector
+    np.testing.assert_allclose(raw / np.linalg.norm(raw), scaled, atol=1e-7)
+
+
 def test_single_texts_share_forward_passes(fleet: ModelFleet, sentence_transformer: Any) -> None:
     texts = [f"Sentence number {n} of many." for n in range(200)]
     jobs: list[Job[Embedding]] = [fleet.cortex.submit("embed", text, "minilm") for text in texts]

@@ -105,6 +105,13 @@ class WorkerProcess:
             self.terminate()
 
 
+def forget_answers(url: str) -> None:
+    """Drop every cached answer, so that what one test computed is unknown to the next."""
+    with redis.Redis.from_url(url) as client:
+        if names := list(client.scan_iter(match="cortex:cache:e:*", count=1_000)):
+            client.unlink(*names)
+
+
 def poll_until(condition, what: str, timeout_s: float = 30.0):  # type: ignore[no-untyped-def]
     """The first truthy value of ``condition()``; fails, saying ``what``, after a deadline."""
     until = time.monotonic() + timeout_s

@@ -10,7 +10,7 @@ import logging
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, Final, NamedTuple
+from typing import Any, Final, NamedTuple, Protocol
 
 from celery import states
 from celery.backends.redis import RedisBackend
@@ -79,6 +79,20 @@ class _Stored(NamedTuple):
     reply_to: str | None
 
 
+class Rider(Protocol):
+    """``workers.ledger.Ledger``, as far as the backend knows it."""
+
+    @property
+    def waiting(self) -> bool:
+        """Whether there is anything to board."""
+
+    def board(self, pipe: Any) -> int:
+        """Add commands to a pipeline; returns how many. Their failure is no failure of the results."""
+
+    def turned_back(self) -> None:
+        """The pipeline could not be sent."""
+
+
 def _calls(stored: Sequence[_Stored]) -> Iterator[list[_Stored]]:
     """As many results at a time as one call of the script should carry."""
     call: list[_Stored] = []
@@ -104,6 +118,8 @@ class BatchedRedisBackend(RedisBackend):
         self._collecting = False
         self._stored: list[_Stored] = []
         self._told_refused = False
+        #: Entries of the result cache that go along with results, where both live in one Redis.
+        self.rider: Rider | None = None
         self._script: Any = None
 
     @contextmanager
@@ -148,11 +164,39 @@ class BatchedRedisBackend(RedisBackend):
         for entry in stored:
             channel = entry.reply_to if is_reply_channel(entry.reply_to) else ""
             arguments += (entry.expires_s or 0, channel, entry.payload)
-        self._note_refusal(self._script([entry.key for entry in stored], arguments))
+        keys = [entry.key for entry in stored]
+        if self.rider is not None and self.rider.waiting:
+            self._note_refusal(self._send_with_rider(keys, arguments))
+        else:
+            self._note_refusal(self._script(keys, arguments))
+
+    def _send_with_rider(self, keys: Sequence[str], arguments: Sequence[Any]) -> Any:
+        with self.client.pipeline(transaction=False) as pipe:
+            # First, so that who hears of an answer finds it in the cache.
+            riding = self._board(pipe)
+            # A pipeline asks for each script whether it is known, which is a round trip: send its text instead.
+            pipe.eval(_STORE, len(keys), *keys, *arguments)
+            reply = self._execute(pipe)[riding]
+        if isinstance(reply, Exception):
+            raise reply
+        return reply
+
+    def _board(self, pipe: Any) -> int:
+        return self.rider.board(pipe) if self.rider is not None else 0
+
+    def _execute(self, pipe: Any) -> list[Any]:
+        try:
+            replies: list[Any] = pipe.execute(raise_on_error=False)
+        except Exception:
+            if self.rider is not None:
+                self.rider.turned_back()
+            raise
+        return replies
 
     def _flush_large(self, stored: Sequence[_Stored]) -> None:
         finished: dict[str, list[str]] = defaultdict(list)
         with self.client.pipeline(transaction=False) as pipe:
+            riding = self._board(pipe)
             for entry in stored:
                 pipe.set(entry.key, entry.payload, ex=entry.expires_s or None)
             for entry in stored:
@@ -161,7 +205,7 @@ class BatchedRedisBackend(RedisBackend):
                     finished[str(entry.reply_to)].append(entry.task_id)
             for channel, ids in finished.items():
                 pipe.publish(channel, " ".join(ids))
-            replies = pipe.execute(raise_on_error=False)
+            replies = self._execute(pipe)[riding:]
         for reply in replies[: len(stored)]:
             if isinstance(reply, Exception):
                 raise reply

@@ -34,6 +34,14 @@ FIELDS = {
     ),
     "latency": ("idle_overhead_ms", "idle_p99_ms", "interactive_p99_under_bulk_ms", "bulk_batch_ms"),
     "memory": ("pss_copies_4", "warm_load_ratio", "cold_load_ms", "l2_load_ms", "l2_mb_per_s", "redis_mb_per_s"),
+    "cache": (
+        "map_hits_per_s",
+        "near_hit_us",
+        "l2_hit_over_get_ms",
+        "miss_cost_ratio",
+        "zipf_speedup",
+        "single_flight_forwards",
+    ),
     "startup": ("import_ms", "load_ms", "warm_ms", "first_answer_ms"),
     "gpu": ("raw_per_s", "map_per_s", "map_ratio", "workers", "clients"),
 }
@@ -54,7 +62,7 @@ def checked(name: str, line: str) -> dict[str, Any]:
     for field in FIELDS[name]:
         assert math.isfinite(figures[field]), field
         # A difference of two medians may be anything on a busy machine; all else is a duration, a rate or a share.
-        assert figures[field] > 0 or field == "idle_overhead_ms", field
+        assert figures[field] > 0 or field in ("idle_overhead_ms", "l2_hit_over_get_ms"), field
     return figures
 
 
@@ -97,6 +105,14 @@ def test_memory_with_its_card() -> None:
     figures = checked("memory", lines[-1])
     assert figures["pss_copies_4"] <= 1.2, "four processes hold one copy of the weights"
     assert any(line.startswith("copies of the weights") for line in lines)
+
+
+@pytest.mark.fleet
+@pytest.mark.models
+def test_cache() -> None:
+    figures = checked("cache", run("cache", "--json-only")[-1])
+    # Whatever the speed: eight processes that ask for the same thousand texts have each computed once.
+    assert figures["single_flight_forwards"] == 1000
 
 
 @pytest.mark.skipif(Path("/dev/nvidiactl").exists(), reason="a GPU is there")

@@ -236,3 +236,60 @@ def test_an_announcement_that_is_not_allowed_is_no_loss(tmp_path: Path, caplog: 
             backend.flush()
         assert client.exists(result_key("a"), result_key("b")) == 2
     assert caplog.text.count("refuses to announce") == 1
+
+
+class Rider:
+    """Entries of the cache that go along with results."""
+
+    def __init__(self, *command: Any) -> None:
+        self.command, self.waiting, self.back = command, True, 0
+
+    def board(self, pipe: Any) -> int:
+        if not self.waiting:
+            return 0
+        self.waiting = False
+        pipe.execute_command(*self.command)
+        return 1
+
+    def turned_back(self) -> None:
+        self.back += 1
+
+
+def collect(backend: BatchedRedisBackend, job_id: str, size: int = 1) -> None:
+    backend.collect_success(job_id, answer(size), REPLY)
+
+
+@pytest.mark.parametrize("size", [1, 300_000], ids=["in the script", "large"])
+def test_entries_of_the_cache_go_along_with_the_results(backend: BatchedRedisBackend, client: Any, size: int) -> None:
+    backend.rider = Rider("SET", "entry", "1")
+    collect(backend, "1", size)
+    backend.flush()
+    assert client.get("entry") == b"1"
+    assert loads(client.get(result_key("1")))["status"] == states.SUCCESS
+    collect(backend, "2", size)
+    backend.flush()
+    assert client.exists(result_key("2"))
+
+
+@pytest.mark.parametrize("size", [1, 300_000], ids=["in the script", "large"])
+def test_an_entry_that_is_refused_fails_no_result(backend: BatchedRedisBackend, client: Any, size: int) -> None:
+    backend.rider = Rider("NOSUCHCOMMAND")
+    collect(backend, "1", size)
+    backend.flush()
+    assert client.exists(result_key("1"))
+    assert not backend._stored
+
+
+def test_entries_are_told_that_their_pipeline_was_not_sent(tmp_path: Path) -> None:
+    with RedisServer(directory=tmp_path) as server:
+        backend = backend_of(server.url)
+        backend.rider = rider = Rider("SET", "entry", "1")
+        collect(backend, "1")
+        server.kill()
+        with pytest.raises(redis.RedisError):
+            backend.flush()
+        assert rider.back == 1
+        assert len(backend._stored) == 1
+        server.start()
+        backend.flush()
+        assert not backend._stored

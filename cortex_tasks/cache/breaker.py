@@ -1,0 +1,63 @@
+"""A cache that is down or slow is skipped for a while instead of being asked again and again."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+from typing import Final
+
+__all__ = ["Breaker"]
+
+_log = logging.getLogger(__name__)
+
+#: The first pause, doubled by each failure that follows up to the longest.
+FIRST_PAUSE_S: Final = 0.1
+LONGEST_PAUSE_S: Final = 5.0
+
+
+class Breaker:
+    """Says whether to ask. After a pause one caller tries for all; the first success ends it.
+
+    ``name``: of what is skipped, for the log, its password masked. ``clock``: monotonic seconds.
+    """
+
+    def __init__(self, name: str, clock: Callable[[], float] = time.monotonic) -> None:
+        self._name = name
+        self._clock = clock
+        self._closed_until_s = 0.0
+        self._pause_s = 0.0
+        #: How often asking failed, and how often it was not asked.
+        self.failures = 0
+        self.skips = 0
+
+    @property
+    def open(self) -> bool:
+        """Whether the cache is being skipped."""
+        return self._pause_s > 0
+
+    def allows(self) -> bool:
+        """Whether to ask now."""
+        if not self._pause_s:
+            return True
+        now_s = self._clock()
+        if now_s < self._closed_until_s:
+            self.skips += 1
+            return False
+        # This caller tries; the others wait for what it finds.
+        self._closed_until_s = now_s + self._pause_s
+        return True
+
+    def succeeded(self) -> None:
+        if self._pause_s:
+            self._pause_s = 0.0
+            _log.warning("the cache at %s answers again", self._name)
+
+    def failed(self, error: BaseException) -> None:
+        """Note a failure, with one line in the log for the first of a row."""
+        self.failures += 1
+        if not self._pause_s:
+            _log.warning("the cache at %s is skipped until it answers again: %s: %s; jobs are computed meanwhile",
+                         self._name, type(error).__name__, error)  # fmt: skip
+        self._pause_s = min(self._pause_s * 2, LONGEST_PAUSE_S) if self._pause_s else FIRST_PAUSE_S
+        self._closed_until_s = self._clock() + self._pause_s

@@ -1,0 +1,57 @@
+"""A cache that fails is skipped, tried now and then by one caller, and used again when it answers."""
+
+from __future__ import annotations
+
+import logging
+
+import pytest
+
+from cortex_tasks.cache.breaker import LONGEST_PAUSE_S, Breaker
+
+
+class Clock:
+    now_s = 0.0
+
+    def __call__(self) -> float:
+        return self.now_s
+
+
+def test_after_a_failure_nobody_asks_until_the_pause_is_over_and_then_one_does() -> None:
+    clock = Clock()
+    breaker = Breaker("redis", clock)
+    assert breaker.allows()
+    breaker.failed(OSError("down"))
+    assert not breaker.allows()
+    assert breaker.open
+    clock.now_s += 0.11
+    assert breaker.allows()
+    assert not breaker.allows()
+    breaker.succeeded()
+    assert breaker.allows()
+    assert not breaker.open
+
+
+def test_pauses_grow_to_a_limit_and_begin_anew_after_a_success() -> None:
+    clock = Clock()
+    breaker = Breaker("redis", clock)
+    for _ in range(20):
+        breaker.failed(OSError())
+    clock.now_s += LONGEST_PAUSE_S - 0.01
+    assert not breaker.allows()
+    clock.now_s += 0.02
+    assert breaker.allows()
+    breaker.succeeded()
+    breaker.failed(OSError())
+    clock.now_s += 0.11
+    assert breaker.allows()
+
+
+def test_one_line_says_that_it_fails_and_one_that_it_is_back(caplog: pytest.LogCaptureFixture) -> None:
+    breaker = Breaker("redis://host", Clock())
+    with caplog.at_level(logging.WARNING):
+        for _ in range(5):
+            breaker.failed(OSError("no route"))
+        breaker.succeeded()
+        breaker.succeeded()
+    assert [record.message.split(" ")[4:6] for record in caplog.records] == [["is", "skipped"], ["answers", "again"]]
+    assert breaker.failures == 5
