@@ -183,7 +183,7 @@ class ModelConfig(Section):
     children: Annotated[Count, Field(ge=0, le=64)] = 0
     batching: Batching = Batching()
     #: Whether answers are cached; "auto": unless the adapter answers for less than a look into the cache costs.
-    cache: Literal["auto", "on", "off"] = "auto"
+    cache: Literal["auto", "always", "never"] = "auto"
     cache_ttl_s: Annotated[Count, Field(ge=300, le=86_400)] = 3_600
     limits: Limits = Limits()
     #: The adapter's own options; the adapter validates them when it loads.
@@ -192,7 +192,7 @@ class ModelConfig(Section):
     @property
     def cached(self) -> bool:
         """Whether clients and workers look for this model's answers, and store them."""
-        return self.cache == "on" or (self.cache == "auto" and self.adapter not in _FREE_ADAPTERS)
+        return self.cache == "always" or (self.cache == "auto" and self.adapter not in _FREE_ADAPTERS)
 
 
 class ImageConfig(Section):

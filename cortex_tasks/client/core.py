@@ -17,6 +17,7 @@ from pydantic import ValidationError
 
 from cortex_tasks.cache import Question, Shelf
 from cortex_tasks.catalog import TaskSpec, nearest, task_spec
+from cortex_tasks.client.cuts import JOB_CHARS, JOB_INPUTS, cut
 from cortex_tasks.codec import reply_channel
 from cortex_tasks.config import FleetConfig, Limits, ModelConfig, load_fleet
 from cortex_tasks.errors import (
@@ -39,17 +40,14 @@ from cortex_tasks.results import JobResult, error_from_meta, parse
 from cortex_tasks.settings import Settings, mask_url
 
 __all__ = [
-    "JOB_CHARS",
     "Core",
     "Draft",
     "Order",
     "Plan",
     "Sifted",
     "batches",
-    "cut",
     "resolve",
     "timed_out",
-    "weight_of",
 ]
 
 #: Kinds of jobs whose envelopes are kept.
@@ -58,32 +56,6 @@ _DEFAULT_RETRY_S: Final = 1.0
 #: One round trip of publishing carries at most so much: Redis serves nobody else meanwhile.
 _BATCH_JOBS: Final = 512
 _BATCH_BYTES: Final = 4 * 1024 * 1024
-
-
-#: A call with many inputs is cut into jobs of about so many, or so many characters (about four make a token): enough
-#: to spare overhead, few enough that several workers share the call and others are not kept waiting.
-JOB_INPUTS: Final = 256
-JOB_CHARS: Final = 65_536
-#: What a point of a series weighs beside a character.
-_POINT_CHARS: Final = 24
-
-
-def weight_of(value: Any) -> int:
-    """A checked input's size in characters, or what comes close."""
-    return len(value) if isinstance(value, str) else _POINT_CHARS * len(value.y)
-
-
-def cut(values: Sequence[Any], most: int, chars: float) -> Iterator[slice]:
-    """Slices of at most ``most`` checked inputs and, but for a single one that is larger, ``chars`` characters."""
-    start, size = 0, 0
-    for index, value in enumerate(values):
-        weight = weight_of(value)
-        if index > start and (index - start == most or size + weight > chars):
-            yield slice(start, index)
-            start, size = index, 0
-        size += weight
-    if start < len(values):
-        yield slice(start, len(values))
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,7 +15,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final, Generic, Literal, TypeVar
 
 from cortex_tasks.catalog import InputKind
-from cortex_tasks.client.core import JOB_CHARS, Draft, Order, Plan, Sifted
+from cortex_tasks.client.core import Draft, Order, Plan, Sifted
+from cortex_tasks.client.cuts import JOB_CHARS
 from cortex_tasks.client.progress import Progress
 from cortex_tasks.client.stretch import stretched
 from cortex_tasks.errors import BrokerUnavailable, InvalidParameter

@@ -6,7 +6,8 @@ import math
 from collections.abc import Iterator, Sequence
 from typing import Any, Final
 
-from cortex_tasks.client.core import Sifted, weight_of
+from cortex_tasks.client.core import Sifted
+from cortex_tasks.client.cuts import weight_of
 from cortex_tasks.payloads import Result
 
 __all__ = ["Part", "stretched"]

@@ -15,6 +15,7 @@ from cortex_tasks.config import (
     Batching,
     FleetConfig,
     GpuBatching,
+    ModelConfig,
     Settings,
     default_queues_file,
     load_fleet,
@@ -374,3 +375,18 @@ def test_a_masked_url(url: str, masked: str) -> None:
 def test_a_masked_url_never_holds_the_password(noise: str) -> None:
     assert "hunter2" not in mask_url(f"redis://:hunter2{noise}@h:6379/0")
     assert "hunter2" not in mask_url(f"redis://u:{noise}hunter2@h:6379/0")
+
+
+@pytest.mark.parametrize(
+    ("adapter", "choice", "cached"),
+    [
+        ("sentence_transformers", "auto", True),
+        ("echo", "auto", False),
+        ("echo", "always", True),
+        ("sentence_transformers", "never", False),
+    ],
+)
+def test_what_answers_for_nothing_is_not_cached_unless_asked_for(adapter: str, choice: str, cached: bool) -> None:
+    model = {"source": "builtin:echo", "tasks": ["embed"], "queue": "q", "images": ["i"]}
+    given = {**model, "adapter": adapter, "backend": "native" if adapter == "echo" else "torch", "cache": choice}
+    assert ModelConfig.model_validate(given).cached is cached

@@ -32,7 +32,7 @@ from cortex_tasks import (
     payloads,
     testing,
 )
-from cortex_tasks.client.core import JOB_CHARS
+from cortex_tasks.client.cuts import JOB_CHARS
 from cortex_tasks.config import FleetConfig
 from cortex_tasks.echo import FAIL, echo_vector
 from cortex_tasks.testing import LocalFleet, echo_fleet
