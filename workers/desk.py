@@ -139,7 +139,12 @@ class CacheDesk(threading.Thread):
         """After a defect: whatever has no outcome is computed, each job by itself."""
         with self._lock:
             left = [flight for flight in self._flights.values() if any(job in jobs for job, _ in flight.seats)]
+            seated = {job for flight in left for job, _ in flight.seats}
         self._fly(left)
+        for job in jobs:
+            # One whose inputs could not even be given seats; who wants them computed anew has flown already.
+            if job not in seated and job.cache == "use" and not job.started and job.open_items > 0:
+                self._run_job(job)
 
     def _seat(self, job: Job) -> list[Flight]:
         """Give each input a seat; returns the flights that are new."""

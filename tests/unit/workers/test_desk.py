@@ -360,3 +360,16 @@ def test_a_defect_leaves_no_job_without_a_runner(bench: Bench) -> None:
     poll_until(lambda: bench.inner, "the runner has the job", 10)
     bench.desk.close()
     assert bench.inputs() == [["a"]]
+
+
+def test_a_job_that_gets_no_seats_is_run_as_it_is(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: Any) -> None:
+        raise RuntimeError("a defect")
+
+    monkeypatch.setattr(bench.desk._addresses, "of", broken)
+    one = job("1", "a")
+    bench.desk.start()
+    bench.desk.submit(one)
+    poll_until(lambda: bench.inner, "the runner has the job", 10)
+    bench.desk.close()
+    assert bench.inner == [one]
