@@ -24,6 +24,10 @@ _BRIEF_MARGIN: Final = 1.15
 _WEIGHT: Final = 0.2
 #: One full batch in so many tries a neighbour.
 _EXPLORE_EVERY: Final = 16
+#: The same while a neighbour was not seen often enough.
+_EXPLORE_NEW: Final = 4
+#: Times that the best budget and its neighbours are measured again at warm-up.
+_CALIBRATE_ROUNDS: Final = 2
 #: Observations before a neighbour is believed.
 _BELIEVE: Final = 3
 #: A pass that is said to take less was not measured.
@@ -92,19 +96,32 @@ class BudgetLearner:
         return self.best_tokens
 
     def calibrate(self, run: Callable[[int], float], budget_s: float, clock: Callable[[], float]) -> None:
-        """Measure budgets from small to large until ``budget_s`` is spent or it clearly gets worse.
+        """Measure budgets from small to large until it clearly gets worse, then the best and its neighbours again, until
+        ``budget_s`` is spent. Of several rates of a budget the best counts: what else runs here only slows.
 
         ``run(tokens)`` runs a full batch of about so many tokens and returns tokens of texts a second.
         """
-        started_s = clock()
-        best = 0.0
+        until_s = clock() + budget_s
+        best, worse = 0.0, 0
         for step in self._steps:
-            rate = run(step)
-            self._seen[step].add(rate)
+            rate = self._try(run, step)
             best = max(best, rate)
-            if rate < 0.8 * best or clock() - started_s > budget_s:
+            # One slow measurement may be chance.
+            worse = worse + 1 if rate < 0.8 * best else 0
+            if worse == 2 or clock() > until_s:
                 break
         self._choose(step for step in self._steps if self._seen[step].count)
+        for _ in range(_CALIBRATE_ROUNDS):
+            for step in self._steps[max(0, self._best - 1) : self._best + 2]:
+                if clock() > until_s:
+                    return
+                self._try(run, step)
+            self._choose(step for step in self._steps if self._seen[step].count)
+
+    def _try(self, run: Callable[[int], float], step: int) -> float:
+        rate, seen = run(step), self._seen[step]
+        seen.tokens_per_s, seen.count = max(seen.tokens_per_s, rate), 1
+        return rate
 
     def observe(self, budget_tokens: int, padded_tokens: int, tokens: int, seconds: float) -> None:
         """A batch ran under a budget: its padded size, the tokens of its texts, its time."""
@@ -115,10 +132,18 @@ class BudgetLearner:
         self._trying = None
         self._choose(step for step in self._steps if self._seen[step].count >= _BELIEVE or step == self.best_tokens)
         self._turn += 1
-        if self._turn % _EXPLORE_EVERY == 0:
-            # Up and down in turns.
-            neighbour = self._best + (1 if self._turn // _EXPLORE_EVERY % 2 else -1)
-            self._trying = neighbour if 0 <= neighbour < len(self._steps) else None
+        self._trying = self._neighbour()
+
+    def _neighbour(self) -> int | None:
+        """What the next full batch tries, if anything: often a neighbour of the best that is not believed yet, else,
+        now and then, one above and one below in turns."""
+        sides = [side for side in (self._best + 1, self._best - 1) if 0 <= side < len(self._steps)]
+        new = [side for side in sides if self._seen[self._steps[side]].count < _BELIEVE]
+        if new:
+            return new[0] if self._turn % _EXPLORE_NEW == 0 else None
+        if not sides or self._turn % _EXPLORE_EVERY:
+            return None
+        return sides[self._turn // _EXPLORE_EVERY % len(sides)]
 
     def _choose(self, believed: Iterable[int]) -> None:
         """The smallest of the budgets that are about as good as the best."""

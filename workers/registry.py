@@ -32,7 +32,7 @@ RETRY_TRANSIENT_S: Final = 1.0
 _FITS_SHARE: Final = 16
 
 #: Time that a load may spend on measuring budgets.
-_CALIBRATE_S: Final = 1.0
+_CALIBRATE_S: Final = 2.0
 
 
 def _on(config: ModelConfig, device: str) -> ModelConfig:

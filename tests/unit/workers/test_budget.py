@@ -64,6 +64,28 @@ def test_of_equals_the_smallest_wins() -> None:
     assert learner.best_tokens == 128
 
 
+def test_one_slow_measurement_at_warm_up_decides_nothing() -> None:
+    rate, calls = machine(1_024), 0
+
+    def disturbed(tokens: int) -> float:
+        nonlocal calls
+        calls += 1
+        return rate(tokens) / (3 if calls in (2, 5) else 1)
+
+    learner = BudgetLearner(16_384)
+    learner.calibrate(disturbed, budget_s=60, clock=lambda: 0.0)
+    assert rate(learner.best_tokens) >= max(rate(step) for step in candidates(16_384)) / 1.05
+
+
+def test_from_a_bad_start_it_is_near_the_best_within_a_hundred_batches() -> None:
+    learner = BudgetLearner(8_192)
+    learner.calibrate(lambda tokens: 1_000.0 if tokens == 128 else 1.0, budget_s=60, clock=lambda: 0.0)
+    assert learner.best_tokens == 128
+    rate = machine(2_048, overhead_s=0.1)
+    run(learner, rate, 100)
+    assert rate(learner.best_tokens) >= max(rate(step) for step in candidates(8_192)) / 1.25
+
+
 def test_warm_up_keeps_to_its_time() -> None:
     now = 0.0
 
