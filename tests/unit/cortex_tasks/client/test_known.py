@@ -13,6 +13,7 @@ import pytest
 from cortex_tasks import AsyncCortex, Cortex, ModelUnavailable, testing
 from cortex_tasks.cache import Shelf
 from cortex_tasks.client.core import Core
+from cortex_tasks.config import FleetConfig
 from cortex_tasks.payloads import Embedding, Timings
 from cortex_tasks.testing.wires import AsyncMemoryWire, MemoryWire
 from tests.support.stub_models import PATIENCE_S
@@ -70,9 +71,15 @@ def cache() -> Knowing:
 @pytest.fixture
 def client(fleet: testing.LocalFleet, cache: Any) -> Iterator[Cortex]:
     client = Cortex.__new__(Cortex)
-    client._set_up(lambda: MemoryWire(fleet), lambda: Core(fleet.fleet, 5.0), "memory", lambda: cache)
+    client._set_up(lambda: MemoryWire(fleet), lambda: Core(cached(fleet.fleet), 5.0), "memory", lambda: cache)
     with client:
         yield client
+
+
+def cached(config: FleetConfig) -> FleetConfig:
+    """The same with answers cached, which those of the echo adapter are not by themselves."""
+    models = {alias: model.model_copy(update={"cache": "always"}) for alias, model in config.models.items()}
+    return config.model_copy(update={"models": models})
 
 
 def queued(fleet: testing.LocalFleet) -> list[str]:
@@ -124,7 +131,7 @@ def test_known_inputs_are_given_although_the_job_of_the_others_failed(cache: Kno
 
     with testing.fleet(gone) as fleet:
         client = Cortex.__new__(Cortex)
-        client._set_up(lambda: MemoryWire(fleet), lambda: Core(fleet.fleet, 5.0), "memory", lambda: cache)  # type: ignore[arg-type,return-value]
+        client._set_up(lambda: MemoryWire(fleet), lambda: Core(cached(fleet.fleet), 5.0), "memory", lambda: cache)  # type: ignore[arg-type,return-value]
         with client:
             found = client.embed(["known", "unknown"], model="echo")
             assert found[0] is KNOWN
@@ -164,7 +171,7 @@ def test_ctrl_c_during_a_look_leaves_other_threads_with_their_answers(client: Co
 async def test_coroutines_share_a_look_and_closing_during_it_cancels_them(fleet: testing.LocalFleet) -> None:
     cache: Any = AsyncKnowing()
     client = AsyncCortex.__new__(AsyncCortex)
-    client._set_up(lambda: AsyncMemoryWire(fleet), lambda: Core(fleet.fleet, 5.0), "memory", lambda: cache)
+    client._set_up(lambda: AsyncMemoryWire(fleet), lambda: Core(cached(fleet.fleet), 5.0), "memory", lambda: cache)
     texts = [f"{'known' if n % 2 else 'unknown'} {n}" for n in range(20)]
     found = await asyncio.gather(*(client.embed(text, model="echo") for text in texts))
     assert [item is KNOWN for item in found] == [n % 2 == 1 for n in range(20)]
