@@ -96,8 +96,8 @@ class BudgetLearner:
         return self.best_tokens
 
     def calibrate(self, run: Callable[[int], float], budget_s: float, clock: Callable[[], float]) -> None:
-        """Measure budgets from small to large until it clearly gets worse, then the best and its neighbours again, until
-        ``budget_s`` is spent. Of several rates of a budget the best counts: what else runs here only slows.
+        """Measure budgets from small to large until it clearly gets worse, then the best and its neighbours again,
+        until ``budget_s`` is spent. Of several rates of a budget the best counts: what else runs here only slows.
 
         ``run(tokens)`` runs a full batch of about so many tokens and returns tokens of texts a second.
         """

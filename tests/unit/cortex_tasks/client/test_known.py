@@ -131,7 +131,8 @@ def test_known_inputs_are_given_although_the_job_of_the_others_failed(cache: Kno
 
     with testing.fleet(gone) as fleet:
         client = Cortex.__new__(Cortex)
-        client._set_up(lambda: MemoryWire(fleet), lambda: Core(cached(fleet.fleet), 5.0), "memory", lambda: cache)  # type: ignore[arg-type,return-value]
+        core = Core(cached(fleet.fleet), 5.0)
+        client._set_up(lambda: MemoryWire(fleet), lambda: core, "memory", lambda: cache)  # type: ignore[arg-type,return-value]
         with client:
             found = client.embed(["known", "unknown"], model="echo")
             assert found[0] is KNOWN
