@@ -190,7 +190,8 @@ def test_a_retried_job_stays_readable(watched: Watched) -> None:
 
 @pytest.mark.parametrize("page", ["/", "/tasks", "/broker", "/metrics"])
 def test_every_page_renders(watched: Watched, page: str) -> None:
-    assert watched.flower.get(page).status_code == 200
+    answer = watched.flower.get(page)
+    assert answer.status_code == 200, answer.text
 
 
 def test_metrics_count_the_jobs(watched: Watched) -> None:
