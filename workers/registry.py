@@ -139,7 +139,8 @@ class Registry:
         model = self.models[alias]
         if model.state == "ready":
             model.state = "idle"
-        adapter, model.adapter, model.learner = model.adapter, None, None
+        # What was learned of its batches holds as long as its revision does.
+        adapter, model.adapter = model.adapter, None
         self.store.counters.evicted()
         logger.info("model %s leaves the memory", alias)
         try:
@@ -207,7 +208,9 @@ class Registry:
             loaded = self._clock()
             try:
                 _warm(adapter, config.tasks)
-                learner = self._learner(config, adapter)
+                revision = revision_of(config, adapter, opened.snapshot.digest)
+                known = model.learner if revision == model.revision else None
+                learner = known or self._learner(config, adapter)
             except BaseException:
                 adapter.close()
                 self.memory.forget(model.alias)
@@ -221,7 +224,7 @@ class Registry:
         adapter.memo = self.fits
         model.adapter, model.opened, model.learner = adapter, opened, learner
         model.buffer_tokens = self._buffer_tokens(adapter)
-        model.revision = revision_of(config, adapter, opened.snapshot.digest)
+        model.revision = revision
         model.reason = adapter.note or missing
         model.fetch_ms = (fetched - started) * 1e3
         model.load_ms, model.warm_ms = (loaded - started) * 1e3, (self._clock() - loaded) * 1e3

@@ -253,6 +253,22 @@ def test_a_learned_budget_never_exceeds_the_inference_buffer() -> None:
     assert model.card().budget_tokens == model.learner.best_tokens
 
 
+def test_a_model_that_comes_back_keeps_what_was_learned_unless_its_revision_changed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    ticks = iter(range(10**6))
+    registry = registry_of(fleet(backend="torch"), lambda: next(ticks) / 1e3)
+    learned = registry.load("m").learner
+    assert learned is not None
+    for expected in (True, False):
+        registry._let_go("m")
+        registry.memory.forget("m")
+        assert registry.model("m").adapter is None
+        if not expected:
+            monkeypatch.setattr(Steered, "version", "another")
+        assert (registry.load("m").learner is learned) is expected
+
+
 @pytest.mark.parametrize(("device", "tokens", "items"), [("cpu", 1_000, 8), ("cuda:0", 50_000, 600)])
 def test_a_batch_holds_what_the_device_is_given(device: str, tokens: int, items: int) -> None:
     batching = {"max_items": 8, "max_padded_tokens": 1_000, "gpu": {"max_items": 600, "max_padded_tokens": 50_000}}
