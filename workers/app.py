@@ -146,6 +146,7 @@ class Wiring:
             registry=registry,
             runners=self._all_runners,
             in_flight=getattr(events, "in_flight", dict),
+            settled=lambda: getattr(events, "settled", 0),
             connect=self.connect,
         )
         self.health.start()

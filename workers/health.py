@@ -1,18 +1,24 @@
-"""The worker's card in Redis, kept fresh, and the watchdog that ends a process whose model hangs."""
+"""The worker's card in Redis and its heartbeat in a file, kept fresh, and the watchdog that ends a process whose model
+hangs."""
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, Final, Literal
 
 from cortex_tasks.codec import PRIORITY_STEPS, queue_key
+from cortex_tasks.config import ModelConfig
 from cortex_tasks.presence import PRESENCE_TTL_S, WORKERS_KEY, WorkerCard, worker_key
-from workers.registry import Registry
+from workers import heartbeat
+from workers.heartbeat import Beat, Progress
+from workers.registry import Model, Registry
 from workers.runner import Runner
 
 __all__ = ["HUNG_EXIT_CODE", "Health", "RateMeter"]
@@ -23,6 +29,10 @@ logger = logging.getLogger(__name__)
 HUNG_EXIT_CODE: Final = 70
 _INTERVAL_S: Final = 2.0
 _RATE_WINDOW_S: Final = 10.0
+#: Without an answer for this much longer than the longest pass may take, a worker that holds jobs is stuck.
+_STALL_MARGIN_S: Final = 60.0
+#: The same while a model is loaded: its files may come from far.
+_STALL_LOADING_S: Final = 1_800.0
 
 
 class RateMeter:
@@ -42,7 +52,10 @@ class RateMeter:
 
 
 class Health(threading.Thread):
-    """Writes the card every ``_INTERVAL_S`` and looks whether each runner still makes progress."""
+    """Writes the card and the heartbeat every ``_INTERVAL_S``, and looks whether each runner still makes progress.
+
+    ``settled``: how many jobs have left the worker so far. ``beats_in``: the directory of heartbeats.
+    """
 
     def __init__(
         self,
@@ -55,6 +68,8 @@ class Health(threading.Thread):
         runners: Callable[[], Sequence[Runner]],
         in_flight: Callable[[], dict[str, int]],
         connect: Callable[[], Any],
+        settled: Callable[[], int] = lambda: 0,
+        beats_in: Path | None = None,
         exit_process: Callable[[int], Any] = os._exit,
     ) -> None:
         super().__init__(name="health", daemon=True)
@@ -67,6 +82,12 @@ class Health(threading.Thread):
         self._runners = runners
         self._in_flight = in_flight
         self._connect = connect
+        self._settled = settled
+        self._beats_in = beats_in or heartbeat.directory()
+        self._born_ticks = heartbeat.born_ticks(os.getpid()) or 0
+        self._progress = Progress()
+        self._redis_answers = False
+        self._told_unwritable = False
         self._exit_process = exit_process
         self._client: Any = None
         self._rate = RateMeter()
@@ -82,9 +103,12 @@ class Health(threading.Thread):
             self._registry.memory.let_idle_go()
             try:
                 self.publish()
+                self._redis_answers = True
             except Exception as error:
                 self._client = None
+                self._redis_answers = False
                 logger.debug("the worker's card could not be written: %s", type(error).__name__)
+            self._leave_beat()
             self._wake.wait(_INTERVAL_S)
             self._wake.clear()
 
@@ -94,10 +118,12 @@ class Health(threading.Thread):
         self._wake.set()
 
     def stop(self) -> None:
-        """End the thread and take the card away."""
+        """End the thread and take the card and the heartbeat away."""
         self._ended = True
         self._wake.set()
         self.join(5.0)
+        with contextlib.suppress(OSError):
+            heartbeat.erase(os.getpid(), self._beats_in)
         try:
             client = self._client or self._connect()
             client.delete(worker_key(self._node))
@@ -147,6 +173,37 @@ class Health(threading.Thread):
             {queue: sum(lengths[at * steps : (at + 1) * steps]) for at, queue in enumerate(card.queues)}
         )
 
+    def beat(self, now_s: float) -> Beat:
+        """What a probe on this machine gets to read. ``now_s``: monotonic seconds."""
+        models = list(self._registry.models.values())
+        mark = (self._settled(), sum(model.batches for model in models))
+        # What cannot be told to Redis cannot be finished; that is no fault of the worker's.
+        busy = self._redis_answers and any(self._in_flight().values())
+        return Beat(
+            pid=os.getpid(),
+            born_ticks=self._born_ticks,
+            node=self._node,
+            state=self.state,
+            beat_at_s=now_s,
+            pinned={model.alias: model.state for model in models if model.config.load == "pinned"},
+            stalled_s=round(self._progress.update(now_s, mark, busy=busy), 1),
+            stall_limit_s=self._stall_limit_s(models),
+        )
+
+    def _stall_limit_s(self, models: Sequence[Model]) -> float:
+        longest_s = max((_pass_limit_s(model.config) for model in models), default=0.0) + _STALL_MARGIN_S
+        loading = any(model.state == "loading" for model in models)
+        return max(longest_s, _STALL_LOADING_S) if loading else longest_s
+
+    def _leave_beat(self) -> None:
+        try:
+            heartbeat.write(self.beat(time.monotonic()), self._beats_in)
+        except OSError as error:
+            if not self._told_unwritable:
+                logger.warning("no heartbeat can be left in %s: %s; `python -m workers.probe` will find none",
+                               self._beats_in, error)  # fmt: skip
+            self._told_unwritable = True
+
     def check_progress(self, now_s: float) -> None:
         """End the process when a forward pass takes longer than the model's time limit.
 
@@ -157,10 +214,13 @@ class Health(threading.Thread):
             if (running := runner.running) is None:
                 continue
             alias, since_s = running
-            config = self._registry.models[alias].config
-            # Children are killed by their host at the limit; the host itself gets twice the time.
-            limit_s = config.limits.time_limit_s * (2 if config.children else 1)
+            limit_s = _pass_limit_s(self._registry.models[alias].config)
             if now_s - since_s > limit_s:
                 logger.critical("model %s has been in one forward pass for %.0f s (limit %.0f s): ending the process, "
                                 "its jobs go to other workers", alias, now_s - since_s, limit_s)  # fmt: skip
                 self._exit_process(HUNG_EXIT_CODE)
+
+
+def _pass_limit_s(config: ModelConfig) -> float:
+    # Children are killed by their host at the limit; the host itself gets twice the time.
+    return config.limits.time_limit_s * (2 if config.children else 1)

@@ -94,6 +94,8 @@ class BatchingPool(BasePool):
         self._tracer: Tracer
         self._wake_fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self.draining = False
+        #: Jobs that have left: answered, dropped or given back.
+        self.settled = 0
 
     # --------------------------------------------------------------------------- life of the pool
 
@@ -363,7 +365,8 @@ class BatchingPool(BasePool):
             logger.warning("job %s could not be given back: %s", ticket.request.id, type(error).__name__)
 
     def _forget(self, ticket: Ticket) -> None:
-        self._tickets.pop(ticket.number, None)
+        if self._tickets.pop(ticket.number, None) is not None:
+            self.settled += 1
 
     # --------------------------------------------------------------------------------- what is shown
 
