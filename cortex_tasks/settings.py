@@ -74,6 +74,26 @@ def _redis_url(value: SecretStr) -> SecretStr:
 RedisUrl = Annotated[SecretStr, AfterValidator(_redis_url)]
 
 
+#: Those that may be in a file.
+_URLS: Final = ("broker_url", "result_url", "cache_url")
+#: No URL is longer; a file that is holds something else.
+_SECRET_BYTES: Final = 4096
+
+
+def _secret_in(file: str) -> str:
+    """The text of a file that holds one secret. Raises ValueError, without the text."""
+    try:
+        with open(file, encoding="utf-8") as stream:
+            text = stream.read(_SECRET_BYTES + 1).strip()
+    except OSError as error:
+        raise ValueError(f"cannot be read: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise ValueError("not UTF-8 text") from None
+    if not text or len(text) > _SECRET_BYTES:
+        raise ValueError("empty" if not text else f"longer than {_SECRET_BYTES:,} characters")
+    return text
+
+
 class Settings(BaseModel):
     """The CORTEX_* environment. URLs may hold passwords, so they are secrets; print ``mask_url`` of them."""
 
@@ -96,20 +116,36 @@ class Settings(BaseModel):
     transport: Literal["cortex", "stock"] = "cortex"
     backend: Literal["cortex", "stock"] = "cortex"
     tracer: Literal["cortex", "stock"] = "cortex"
+    #: How long a warm shutdown goes on with jobs that have started.
+    stop_grace_s: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 20.0
 
     @classmethod
     def from_env(cls, environ: Mapping[str, str] | None = None) -> Settings:
-        """Read CORTEX_<FIELD> for each field; an empty variable counts as absent.
+        """Read CORTEX_<FIELD> for each field; an empty variable counts as absent. A URL may be in a file that
+        CORTEX_<FIELD>_FILE names: where secrets are mounted, they need not be in the environment.
 
         Raises ConfigError that names each bad variable, never its value.
         """
         env = os.environ if environ is None else environ
         given = {name: text for name in cls.model_fields if (text := env.get(f"CORTEX_{name.upper()}"))}
+        files = {name: file for name in _URLS if (file := env.get(f"CORTEX_{name.upper()}_FILE"))}
+        lines = []
+        for name, file in files.items():
+            try:
+                if name in given:
+                    raise ValueError(f"CORTEX_{name.upper()} is set as well; which one holds?")
+                given[name] = _secret_in(file)
+            except ValueError as error:
+                lines.append(f"CORTEX_{name.upper()}_FILE: {error}")
         try:
-            return cls.model_validate(given)
+            settings = cls.model_validate(given)
         except ValidationError as error:
-            lines = [f"CORTEX_{str(e['loc'][0]).upper()}: {reason(e)}" for e in error.errors(include_url=False)]
-        raise ConfigError("\n".join(lines))
+            for e in error.errors(include_url=False):
+                name = str(e["loc"][0])
+                lines.append(f"CORTEX_{name.upper()}{'_FILE' if name in files else ''}: {reason(e)}")
+        if lines:
+            raise ConfigError("\n".join(lines))
+        return settings
 
     @property
     def results(self) -> str:

@@ -136,7 +136,7 @@ class Wiring:
         registry = self.registry
         self._desk = self._new_desk(events)
         self._events = self._desk
-        self._local = Runner("local", registry, self._events)
+        self._local = self._new_runner("local")
         self._runners = {alias: self._runner_for(alias) for alias in registry.models}
         self.health = Health(
             node=self.node,
@@ -186,7 +186,10 @@ class Wiring:
 
     def _runner_for(self, alias: str) -> Runner:
         hosted = self.registry.model(alias).config.children > 0
-        return Runner(alias, self.registry, self._events) if hosted else self._local
+        return self._new_runner(alias) if hosted else self._local
+
+    def _new_runner(self, name: str) -> Runner:
+        return Runner(name, self.registry, self._events, stop_grace_s=self.settings.stop_grace_s)
 
     def _all_runners(self) -> list[Runner]:
         return list(dict.fromkeys(list(self._runners.values())))
