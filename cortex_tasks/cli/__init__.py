@@ -21,6 +21,7 @@ _COMMANDS: Final = {
     "run": "cortex_tasks.cli.run:run",
     "models": "cortex_tasks.cli.observe:models",
     "status": "cortex_tasks.cli.observe:status",
+    "metrics": "cortex_tasks.cli.metrics:metrics",
     "cache": "cortex_tasks.cli.cache:cache",
     "dead": "cortex_tasks.cli.dead:dead",
     "queues": "cortex_tasks.cli.declared:queues",

@@ -7,7 +7,7 @@ import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -20,9 +20,6 @@ if TYPE_CHECKING:
     from cortex_tasks.cache.report import CacheReport, ModelReport
 
 __all__ = ["cache"]
-
-#: Bytes of a weight; others are taken for 4.
-_WEIGHT_BYTES: Final = {"bf16": 2, "fp16": 2, "int8": 1}
 
 
 @click.group()
@@ -57,17 +54,11 @@ def stats(as_json: bool, as_metrics: bool) -> None:
 
 
 def _flops_per_token() -> dict[str, int]:
-    """Two operations a weight, of models that workers hold; an upper bound, for embeddings are weights too."""
+    from cortex_tasks.metrics import flops_per_token
     from cortex_tasks.presence import read_cards
 
     with open_redis(Settings.from_env()) as redis:
-        cards = read_cards(redis)
-    return {
-        model.alias: 2 * model.size_bytes // _WEIGHT_BYTES.get(model.precision, 4)
-        for card in cards
-        for model in card.models
-        if model.state == "ready"
-    }
+        return flops_per_token(read_cards(redis))
 
 
 def _json(report: CacheReport) -> dict[str, Any]:
