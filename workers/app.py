@@ -147,6 +147,9 @@ class Wiring:
             runners=self._all_runners,
             in_flight=getattr(events, "in_flight", dict),
             connect=self.connect,
+            settled=lambda: getattr(events, "settled", 0),
+            held_up=getattr(events, "waits_for_redis", bool),
+            report_file=self.settings.health_file,
         )
         self.health.start()
         pinned = [alias for alias, model in registry.models.items() if model.config.load == "pinned"]

@@ -8,10 +8,13 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, Final, Literal
 
 from cortex_tasks.codec import PRIORITY_STEPS, queue_key
 from cortex_tasks.presence import PRESENCE_TTL_S, WORKERS_KEY, WorkerCard, worker_key
+from cortex_tasks.probe import Report, write_report
+from workers.progress import Progress
 from workers.registry import Registry
 from workers.runner import Runner
 
@@ -55,6 +58,9 @@ class Health(threading.Thread):
         runners: Callable[[], Sequence[Runner]],
         in_flight: Callable[[], dict[str, int]],
         connect: Callable[[], Any],
+        settled: Callable[[], int] = lambda: 0,
+        held_up: Callable[[], bool] = lambda: False,
+        report_file: Path | None = None,
         exit_process: Callable[[int], Any] = os._exit,
     ) -> None:
         super().__init__(name="health", daemon=True)
@@ -67,6 +73,11 @@ class Health(threading.Thread):
         self._runners = runners
         self._in_flight = in_flight
         self._connect = connect
+        self._settled = settled
+        #: Whether answers wait for a Redis that is away: no fault of this worker.
+        self._held_up = held_up
+        self._report_file = report_file
+        self._progress = Progress()
         self._exit_process = exit_process
         self._client: Any = None
         self._rate = RateMeter()
@@ -78,7 +89,9 @@ class Health(threading.Thread):
 
     def run(self) -> None:
         while not self._ended:
-            self.check_progress(time.monotonic())
+            now_s = time.monotonic()
+            self.check_progress(now_s)
+            self.report(now_s)
             self._registry.memory.let_idle_go()
             try:
                 self.publish()
@@ -146,6 +159,24 @@ class Health(threading.Thread):
         self._registry.note_depths(
             {queue: sum(lengths[at * steps : (at + 1) * steps]) for at, queue in enumerate(card.queues)}
         )
+
+    def report(self, now_s: float) -> None:
+        """Write what probes read (CORTEX_HEALTH_FILE), where one is named. ``now_s``: monotonic seconds."""
+        if self._report_file is None:
+            return
+        models = list(self._registry.models.values())
+        excused = self._held_up() or any(runner.running is not None for runner in self._runners())
+        in_hand = sum(self._in_flight().values())
+        stalled_s = self._progress.update(
+            now_s,
+            done=sum(model.items for model in models) + self._settled(),
+            in_hand=in_hand,
+            excused=excused or any(model.state == "loading" for model in models),
+        )
+        try:
+            write_report(self._report_file, Report(self._node, self.state, in_hand, round(stalled_s, 1), now_s))
+        except OSError as error:
+            logger.warning("%s cannot be written: %s", self._report_file, error.strerror)
 
     def check_progress(self, now_s: float) -> None:
         """End the process when a forward pass takes longer than the model's time limit.

@@ -94,6 +94,8 @@ class BatchingPool(BasePool):
         self._tracer: Tracer
         self._wake_fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self.draining = False
+        #: Jobs that were answered or given back.
+        self.settled = 0
 
     # --------------------------------------------------------------------------- life of the pool
 
@@ -363,7 +365,8 @@ class BatchingPool(BasePool):
             logger.warning("job %s could not be given back: %s", ticket.request.id, type(error).__name__)
 
     def _forget(self, ticket: Ticket) -> None:
-        self._tickets.pop(ticket.number, None)
+        if self._tickets.pop(ticket.number, None) is not None:
+            self.settled += 1
 
     # --------------------------------------------------------------------------------- what is shown
 
@@ -375,6 +378,10 @@ class BatchingPool(BasePool):
                 queue = self.app.cortex.fleet.models[ticket.job.model].queue
                 counts[queue] = counts.get(queue, 0) + 1
         return counts
+
+    def waits_for_redis(self) -> bool:
+        """Whether answers wait for a Redis that is away. Called by the health thread."""
+        return bool(self._unstored)
 
     def _get_info(self) -> dict[str, Any]:
         """Shown key by key on Flower's worker page."""

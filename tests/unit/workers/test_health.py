@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -12,6 +13,7 @@ import redis
 from hypothesis import given
 from hypothesis import strategies as st
 
+from cortex_tasks import probe
 from cortex_tasks.presence import WORKERS_KEY, read_cards, worker_key
 from tests.support.stub_models import PATIENCE_S, StubAdapter, fleet_of, ready, registry_of
 from workers.health import HUNG_EXIT_CODE, Health, RateMeter
@@ -49,11 +51,13 @@ def test_a_growing_total_never_gives_a_negative_rate(steps: list[tuple[float, in
 
 
 class Bench:
-    def __init__(self, connect: Any = None, **models: dict[str, Any]) -> None:
+    def __init__(self, connect: Any = None, report_file: Path | None = None, **models: dict[str, Any]) -> None:
         self.registry: Registry = registry_of(fleet_of(**(models or {"m": {"limits": {"time_limit_s": 10}}})))
         self.runner = SimpleNamespace(running=None)
         self.queues = ["m"]
         self.exits: list[int] = []
+        self.settled = 0
+        self.held_up = False
         self.health = Health(
             node="node@host",
             image="nlp",
@@ -63,6 +67,9 @@ class Bench:
             runners=lambda: [self.runner],  # type: ignore[list-item]
             in_flight=lambda: {"m": 3},
             connect=connect or (lambda: None),
+            settled=lambda: self.settled,
+            held_up=lambda: self.held_up,
+            report_file=report_file,
             exit_process=self.exits.append,
         )
 
@@ -161,3 +168,47 @@ def test_the_jobs_that_wait_in_a_queue_are_its_models_demand(redis_url: str) -> 
     bench.health.publish()
     resident = bench.registry.memory._residency.residents["m"]
     assert resident.waiting == 3.0
+
+
+# ------------------------------------------------------------------------------------------------- probes
+
+
+def asked(file: Path, wanted: str, now_s: float) -> int:
+    return probe.main([wanted], {"CORTEX_HEALTH_FILE": str(file)}, now_s)
+
+
+def test_a_worker_that_takes_and_does_not_finish_is_reported(tmp_path: Path) -> None:
+    file = tmp_path / "health.json"
+    bench = Bench(report_file=file)
+    bench.health.report(0.0)
+    assert (asked(file, "live", 1.0), asked(file, "ready", 1.0)) == (0, 1)
+    bench.health.state = "ready"
+    bench.health.report(50.0)
+    assert asked(file, "ready", 51.0) == 0
+    bench.health.report(70.0)
+    assert (asked(file, "live", 71.0), asked(file, "ready", 71.0)) == (1, 1)
+    bench.settled += 1
+    bench.health.report(72.0)
+    assert asked(file, "ready", 73.0) == 0
+
+
+@pytest.mark.parametrize("excuse", ["computes", "loads", "waits for Redis"])
+def test_what_ends_by_itself_is_no_standstill(tmp_path: Path, excuse: str) -> None:
+    file = tmp_path / "health.json"
+    bench = Bench(report_file=file)
+    bench.health.report(0.0)
+    if excuse == "computes":
+        bench.runner.running = Running("m", 5.0)
+    elif excuse == "loads":
+        bench.registry.model("m").state = "loading"
+    else:
+        bench.held_up = True
+    bench.health.report(200.0)
+    assert asked(file, "live", 201.0) == 0
+
+
+def test_a_report_that_cannot_be_written_does_not_end_the_worker(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    Bench(report_file=tmp_path / "no such folder" / "health.json").health.report(0.0)
+    assert "cannot be written" in caplog.text
