@@ -7,7 +7,7 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Final, Literal
-from urllib.parse import parse_qs, urlsplit, urlunsplit
+from urllib.parse import parse_qs, quote, urlsplit, urlunsplit
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, SecretStr, ValidationError
 
@@ -71,27 +71,24 @@ def _redis_url(value: SecretStr) -> SecretStr:
     return value
 
 
-RedisUrl = Annotated[SecretStr, AfterValidator(_redis_url)]
-
-
-#: Those that may be in a file.
-_URLS: Final = ("broker_url", "result_url", "cache_url")
-#: No URL is longer; a file that is holds something else.
-_SECRET_BYTES: Final = 4096
-
-
-def _secret_in(file: str) -> str:
-    """The text of a file that holds one secret. Raises ValueError, without the text."""
+def _read_secret(variable: str, file: Path) -> str:
     try:
-        with open(file, encoding="utf-8") as stream:
-            text = stream.read(_SECRET_BYTES + 1).strip()
-    except OSError as error:
-        raise ValueError(f"cannot be read: {error.strerror}") from None
-    except UnicodeDecodeError:
-        raise ValueError("not UTF-8 text") from None
-    if not text or len(text) > _SECRET_BYTES:
-        raise ValueError("empty" if not text else f"longer than {_SECRET_BYTES:,} characters")
-    return text
+        password = file.read_text(encoding="utf-8").strip()
+    except (OSError, ValueError) as error:
+        # A UnicodeDecodeError would show a byte of the secret.
+        raise ConfigError(f"{variable}: cannot read {file}: {getattr(error, 'strerror', None) or 'not text'}") from None
+    if not password:
+        raise ConfigError(f"{variable}: {file} is empty")
+    return password
+
+
+def _with_password(url: SecretStr, password: str) -> SecretStr:
+    parts = urlsplit(url.get_secret_value())
+    user, _, host = parts.netloc.rpartition("@")
+    return SecretStr(urlunsplit(parts._replace(netloc=f"{user.rstrip(':')}:{quote(password, safe='')}@{host}")))
+
+
+RedisUrl = Annotated[SecretStr, AfterValidator(_redis_url)]
 
 
 class Settings(BaseModel):
@@ -104,6 +101,10 @@ class Settings(BaseModel):
     result_url: RedisUrl | None = None
     #: The result cache; None: where answers are kept.
     cache_url: RedisUrl | None = None
+    #: Files that hold the passwords of these URLs, where the URLs have none.
+    broker_password_file: Path | None = None
+    result_password_file: Path | None = None
+    cache_password_file: Path | None = None
     queues_file: Path | None = None
     #: The image this worker runs as; None: deduced from its queues.
     image: str | None = None
@@ -121,31 +122,32 @@ class Settings(BaseModel):
 
     @classmethod
     def from_env(cls, environ: Mapping[str, str] | None = None) -> Settings:
-        """Read CORTEX_<FIELD> for each field; an empty variable counts as absent. A URL may be in a file that
-        CORTEX_<FIELD>_FILE names: where secrets are mounted, they need not be in the environment.
+        """Read CORTEX_<FIELD> for each field; an empty variable counts as absent.
 
         Raises ConfigError that names each bad variable, never its value.
         """
         env = os.environ if environ is None else environ
         given = {name: text for name in cls.model_fields if (text := env.get(f"CORTEX_{name.upper()}"))}
-        files = {name: file for name in _URLS if (file := env.get(f"CORTEX_{name.upper()}_FILE"))}
-        lines = []
-        for name, file in files.items():
-            try:
-                if name in given:
-                    raise ValueError(f"CORTEX_{name.upper()} is set as well; which one holds?")
-                given[name] = _secret_in(file)
-            except ValueError as error:
-                lines.append(f"CORTEX_{name.upper()}_FILE: {error}")
         try:
-            settings = cls.model_validate(given)
+            return cls.model_validate(given)._with_passwords()
         except ValidationError as error:
-            for e in error.errors(include_url=False):
-                name = str(e["loc"][0])
-                lines.append(f"CORTEX_{name.upper()}{'_FILE' if name in files else ''}: {reason(e)}")
-        if lines:
-            raise ConfigError("\n".join(lines))
-        return settings
+            lines = [f"CORTEX_{str(e['loc'][0]).upper()}: {reason(e)}" for e in error.errors(include_url=False)]
+        raise ConfigError("\n".join(lines))
+
+    def _with_passwords(self) -> Settings:
+        """The URLs completed from the password files. Raises ConfigError, which names the variable and its file."""
+        complete: dict[str, SecretStr] = {}
+        for name in ("broker", "result", "cache"):
+            url, file = getattr(self, f"{name}_url"), getattr(self, f"{name}_password_file")
+            if file is None:
+                continue
+            variable = f"CORTEX_{name.upper()}_PASSWORD_FILE"
+            if url is None:
+                raise ConfigError(f"{variable}: needs CORTEX_{name.upper()}_URL")
+            password = _read_secret(variable, file)
+            if urlsplit(url.get_secret_value()).password is None:
+                complete[f"{name}_url"] = _with_password(url, password)
+        return self.model_copy(update=complete)
 
     @property
     def results(self) -> str:

@@ -175,8 +175,9 @@ class Wiring:
             registry=registry,
             runners=self._all_runners,
             in_flight=getattr(events, "in_flight", dict),
-            settled=lambda: getattr(events, "settled", 0),
             connect=self.connect,
+            settled=lambda: getattr(events, "settled", 0),
+            held_up=getattr(events, "waits_for_redis", bool),
         )
         self.health.start()
         pinned = [alias for alias, model in registry.models.items() if model.config.load == "pinned"]

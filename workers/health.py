@@ -14,11 +14,10 @@ from pathlib import Path
 from typing import Any, Final, Literal
 
 from cortex_tasks.codec import PRIORITY_STEPS, queue_key
-from cortex_tasks.config import ModelConfig
 from cortex_tasks.presence import PRESENCE_TTL_S, WORKERS_KEY, WorkerCard, worker_key
 from workers import heartbeat
 from workers.heartbeat import Beat, Progress
-from workers.registry import Model, Registry
+from workers.registry import Registry
 from workers.runner import Runner
 
 __all__ = ["HUNG_EXIT_CODE", "Health", "RateMeter"]
@@ -29,10 +28,6 @@ logger = logging.getLogger(__name__)
 HUNG_EXIT_CODE: Final = 70
 _INTERVAL_S: Final = 2.0
 _RATE_WINDOW_S: Final = 10.0
-#: Without an answer for this much longer than the longest pass may take, a worker that holds jobs is stuck.
-_STALL_MARGIN_S: Final = 60.0
-#: The same while a model is loaded: its files may come from far.
-_STALL_LOADING_S: Final = 1_800.0
 
 
 class RateMeter:
@@ -54,7 +49,8 @@ class RateMeter:
 class Health(threading.Thread):
     """Writes the card and the heartbeat every ``_INTERVAL_S``, and looks whether each runner still makes progress.
 
-    ``settled``: how many jobs have left the worker so far. ``beats_in``: the directory of heartbeats.
+    ``settled``: how many jobs have left the worker so far. ``held_up``: whether answers wait for a Redis that is away.
+    ``beats_in``: the directory of heartbeats.
     """
 
     def __init__(
@@ -69,6 +65,7 @@ class Health(threading.Thread):
         in_flight: Callable[[], dict[str, int]],
         connect: Callable[[], Any],
         settled: Callable[[], int] = lambda: 0,
+        held_up: Callable[[], bool] = lambda: False,
         beats_in: Path | None = None,
         exit_process: Callable[[int], Any] = os._exit,
     ) -> None:
@@ -83,6 +80,7 @@ class Health(threading.Thread):
         self._in_flight = in_flight
         self._connect = connect
         self._settled = settled
+        self._held_up = held_up
         self._beats_in = beats_in or heartbeat.directory()
         self._born_ticks = heartbeat.born_ticks(os.getpid()) or 0
         self._progress = Progress()
@@ -177,8 +175,14 @@ class Health(threading.Thread):
         """What a probe on this machine gets to read. ``now_s``: monotonic seconds."""
         models = list(self._registry.models.values())
         mark = (self._settled(), sum(model.batches for model in models))
-        # What cannot be told to Redis cannot be finished; that is no fault of the worker's.
-        busy = self._redis_answers and any(self._in_flight().values())
+        # A pass ends by itself or by the watchdog, and so does a load by its time-outs; what cannot be told to Redis
+        # cannot be finished.
+        excused = (
+            not self._redis_answers
+            or self._held_up()
+            or any(runner.running is not None for runner in self._runners())
+            or any(model.state == "loading" for model in models)
+        )
         return Beat(
             pid=os.getpid(),
             born_ticks=self._born_ticks,
@@ -186,14 +190,10 @@ class Health(threading.Thread):
             state=self.state,
             beat_at_s=now_s,
             pinned={model.alias: model.state for model in models if model.config.load == "pinned"},
-            stalled_s=round(self._progress.update(now_s, mark, busy=busy), 1),
-            stall_limit_s=self._stall_limit_s(models),
+            stalled_s=round(
+                self._progress.update(now_s, mark, busy=not excused and any(self._in_flight().values())), 1
+            ),
         )
-
-    def _stall_limit_s(self, models: Sequence[Model]) -> float:
-        longest_s = max((_pass_limit_s(model.config) for model in models), default=0.0) + _STALL_MARGIN_S
-        loading = any(model.state == "loading" for model in models)
-        return max(longest_s, _STALL_LOADING_S) if loading else longest_s
 
     def _leave_beat(self) -> None:
         try:
@@ -214,13 +214,10 @@ class Health(threading.Thread):
             if (running := runner.running) is None:
                 continue
             alias, since_s = running
-            limit_s = _pass_limit_s(self._registry.models[alias].config)
+            config = self._registry.models[alias].config
+            # Children are killed by their host at the limit; the host itself gets twice the time.
+            limit_s = config.limits.time_limit_s * (2 if config.children else 1)
             if now_s - since_s > limit_s:
                 logger.critical("model %s has been in one forward pass for %.0f s (limit %.0f s): ending the process, "
                                 "its jobs go to other workers", alias, now_s - since_s, limit_s)  # fmt: skip
                 self._exit_process(HUNG_EXIT_CODE)
-
-
-def _pass_limit_s(config: ModelConfig) -> float:
-    # Children are killed by their host at the limit; the host itself gets twice the time.
-    return config.limits.time_limit_s * (2 if config.children else 1)

@@ -13,10 +13,12 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Final
 
-__all__ = ["LATE_S", "Beat", "Progress", "beats", "born_ticks", "directory", "erase", "write"]
+__all__ = ["LATE_S", "STALLED_S", "Beat", "Progress", "beats", "born_ticks", "directory", "erase", "write"]
 
 #: In seconds: the health thread beats every two. Longer than this, and it no longer gets its turn.
 LATE_S: Final = 60.0
+#: Jobs in hand, nothing finished, no model at work. A job may wait for the answer of another worker for 60 s.
+STALLED_S: Final = 120.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,9 +34,8 @@ class Beat:
     beat_at_s: float
     #: Pinned model -> its state.
     pinned: dict[str, str] = field(default_factory=dict)
-    #: How long it has held jobs without finishing a batch or answering one, and how long that may be.
+    #: How long it has held jobs without finishing a batch or answering one, with nothing to wait for.
     stalled_s: float = 0.0
-    stall_limit_s: float = float("inf")
 
     def age_s(self, now_s: float) -> float:
         return max(0.0, now_s - self.beat_at_s)
@@ -46,8 +47,8 @@ class Beat:
 
     def why_not_ready(self, now_s: float) -> str:
         """Why it takes no jobs, or lacks a pinned model; "" when it consumes and all of them are warm."""
-        if self.age_s(now_s) > LATE_S:
-            return self.why_dead(now_s)
+        if dead := self.why_dead(now_s):
+            return dead
         if self.state != "ready":
             return f"the worker is {self.state}"
         return ", ".join(f"{alias} is {state}" for alias, state in sorted(self.pinned.items()) if state != "ready")
@@ -56,8 +57,8 @@ class Beat:
         """Why only a restart helps; "" while it lives and, if it holds jobs, gets on with them."""
         if self.age_s(now_s) > LATE_S:
             return f"no heartbeat for {self.age_s(now_s):.0f} s"
-        if self.stalled_s > self.stall_limit_s:
-            return f"it holds jobs and finished nothing for {self.stalled_s:.0f} s (limit {self.stall_limit_s:.0f} s)"
+        if self.stalled_s > STALLED_S:
+            return f"it holds jobs and has finished nothing for {self.stalled_s:.0f} s"
         return ""
 
 

@@ -1,55 +1,71 @@
-"""The fleet's figures for machines: ``cortex metrics``."""
+"""``cortex metrics``: the fleet for Prometheus."""
 
 from __future__ import annotations
 
-import logging
 import signal
 import time
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import click
 
+from cortex_tasks.cli.cache import read_cache_report
 from cortex_tasks.cli.observe import open_redis
 from cortex_tasks.config import FleetConfig, Settings, load_fleet
 
 if TYPE_CHECKING:
-    from cortex_tasks.metrics import Snapshot
+    from cortex_tasks.depths import QueueDepth
 
 __all__ = ["metrics"]
 
 
 @click.command()
-@click.option("--port", type=click.IntRange(0, 65_535), help="Serve them over HTTP until interrupted.")
-@click.option("--address", default="127.0.0.1", show_default=True, help="The address to serve at.")
-def metrics(port: int | None, address: str) -> None:
-    """Queues, workers, models and cache in Prometheus' text format.
+@click.option("--listen", metavar="ADDRESS:PORT", help="Serve it at /metrics, and queues in JSON.")
+def metrics(listen: str | None) -> None:
+    """Queues, workers, models and the result cache, in Prometheus' text format.
 
-    Without --port they are printed once. With it, GET /metrics answers the same, and GET /queues/NAME one queue's
-    figures in JSON, as KEDA's metrics-api trigger wants them. There is no authentication: keep the port inside.
+    With --listen, /queues/NAME answers with one queue's figures in JSON as well; `total` is ready and unacked jobs,
+    which KEDA's metrics-api trigger scales by. There is no authentication: keep the port inside.
     """
-    from cortex_tasks.metrics import render
+    from cortex_tasks.metrics import MetricsServer
 
     settings, fleet = Settings.from_env(), load_fleet()
-    if port is None:
-        click.echo(render(_read(settings, fleet)), nl=False)
+    if listen is None:
+        click.echo("\n".join(_lines(settings, fleet)))
         return
-    from cortex_tasks.exporter import Exporter
-
-    logging.basicConfig(level=logging.WARNING)
+    address, _, port = listen.rpartition(":")
+    if not address or not port.isdigit() or not 0 < int(port) < 65_536:
+        raise click.UsageError("--listen: expected ADDRESS:PORT, as in 127.0.0.1:9540")
+    try:
+        server = MetricsServer((address, int(port)), lambda: _lines(settings, fleet), lambda: _queues(settings, fleet))
+    except OSError as error:
+        raise click.UsageError(f"--listen: {listen}: {error.strerror or error}") from error
     # As pid 1 of a container a process has no default answer to SIGTERM.
     signal.signal(signal.SIGTERM, _end)
-    with Exporter((address, port), lambda: _read(settings, fleet)) as server:
-        click.echo(f"http://{address}:{server.server_address[1]}/metrics")
+    with server:
         server.serve_forever()
-
-
-def _read(settings: Settings, fleet: FleetConfig) -> Snapshot:
-    from cortex_tasks.metrics import read_snapshot
-
-    at_cache = {"broker_url": settings.cache, "connect_timeout_s": settings.connect_timeout_s}
-    with open_redis(settings) as broker, open_redis(Settings.model_validate(at_cache)) as cache:
-        return read_snapshot(broker, cache, fleet, time.time())
 
 
 def _end(*_: Any) -> None:
     raise SystemExit(0)
+
+
+def _queues(settings: Settings, fleet: FleetConfig) -> list[QueueDepth]:
+    from cortex_tasks.depths import read_depths
+
+    with open_redis(settings) as redis:
+        return read_depths(redis, fleet.queues, lease_s=fleet.delivery.lease_s, now_s=time.time())
+
+
+def _lines(settings: Settings, fleet: FleetConfig) -> Iterator[str]:
+    from cortex_tasks.cache.report import prometheus
+    from cortex_tasks.depths import read_depths
+    from cortex_tasks.metrics import exposition
+    from cortex_tasks.presence import read_cards
+
+    now_s = time.time()
+    with open_redis(settings) as redis:
+        cards = read_cards(redis)
+        depths = read_depths(redis, fleet.queues, lease_s=fleet.delivery.lease_s, now_s=now_s)
+    yield from exposition(cards, depths, now_s)
+    yield from prometheus(read_cache_report(fleet))

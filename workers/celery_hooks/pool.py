@@ -379,6 +379,10 @@ class BatchingPool(BasePool):
                 counts[queue] = counts.get(queue, 0) + 1
         return counts
 
+    def waits_for_redis(self) -> bool:
+        """Whether answers wait for a Redis that is away. Called by the health thread."""
+        return bool(self._unstored)
+
     def _get_info(self) -> dict[str, Any]:
         """Shown key by key on Flower's worker page."""
         info: dict[str, Any] = super()._get_info()

@@ -333,43 +333,6 @@ def test_settings_have_defaults_and_read_the_environment() -> None:
     assert Settings.from_env({}).broker == "redis://127.0.0.1:6379/0"
 
 
-def test_a_url_may_be_in_a_file(tmp_path: Path) -> None:
-    secret = tmp_path / "broker"
-    secret.write_text("redis://:hunter2@broker:6379/0\n", encoding="utf-8")
-    settings = Settings.from_env({"CORTEX_BROKER_URL_FILE": str(secret), "CORTEX_RESULT_URL_FILE": ""})
-    assert settings.broker == settings.cache == "redis://:hunter2@broker:6379/0"
-    assert "hunter2" not in repr(settings)
-
-
-@pytest.mark.parametrize(
-    ("content", "said"),
-    [
-        (None, "CORTEX_CACHE_URL_FILE: cannot be read: No such file or directory"),
-        (b"", "CORTEX_CACHE_URL_FILE: empty"),
-        (b" \n", "CORTEX_CACHE_URL_FILE: empty"),
-        (b"redis://:hunter2\xff@h", "CORTEX_CACHE_URL_FILE: not UTF-8 text"),
-        (b"redis://:hunter2@h/" + b"0" * 5_000, "CORTEX_CACHE_URL_FILE: longer than 4,096 characters"),
-        (b"http://:hunter2@h", "CORTEX_CACHE_URL_FILE: expected redis://"),
-    ],
-)
-def test_a_secret_that_is_none_is_named_and_never_shown(tmp_path: Path, content: bytes | None, said: str) -> None:
-    secret = tmp_path / "cache"
-    if content is not None:
-        secret.write_bytes(content)
-    with pytest.raises(ConfigError) as caught:
-        Settings.from_env({"CORTEX_CACHE_URL_FILE": str(secret)})
-    assert str(caught.value).startswith(said)
-    assert "hunter2" not in str(caught.value)
-
-
-def test_a_url_is_given_once(tmp_path: Path) -> None:
-    secret = tmp_path / "broker"
-    secret.write_text("redis://:hunter2@h", encoding="utf-8")
-    env = {"CORTEX_BROKER_URL": "redis://h", "CORTEX_BROKER_URL_FILE": str(secret), "CORTEX_POOL": "odd"}
-    with pytest.raises(ConfigError, match=r"CORTEX_BROKER_URL is set as well(.|\n)*CORTEX_POOL: "):
-        Settings.from_env(env)
-
-
 @pytest.mark.parametrize(
     ("url", "said"),
     [
