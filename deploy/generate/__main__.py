@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Final
 
 from cortex_tasks.config import FleetConfig, load_fleet
-from deploy.generate import compose
+from deploy.generate import compose, kubernetes
 
 __all__ = ["FILES", "ROOT", "main", "stale"]
 
@@ -17,6 +17,11 @@ ROOT: Final = Path(__file__).resolve().parents[2]
 FILES: Final[Mapping[str, Callable[[FleetConfig], str]]] = {
     "docker/compose.yaml": compose.render,
     "docker/compose.gpu.yaml": compose.render_gpu,
+    "deploy/kubernetes/base/queues.yaml": kubernetes.render_queues,
+    "deploy/kubernetes/base/redis.yaml": kubernetes.render_redis,
+    "deploy/kubernetes/base/workers.yaml": kubernetes.render_workers,
+    "deploy/kubernetes/components/autoscaling/scaledobjects.yaml": kubernetes.render_scaling,
+    "deploy/kubernetes/components/gpu/gpu.yaml": kubernetes.render_gpu,
 }
 
 
