@@ -198,7 +198,7 @@ def test_a_hub_that_says_nothing_is_given_up_and_its_mirror_asked(
     opened = made.open(SOURCE, mirrors=[f"file:{mirror}"])
     assert (opened.tier, opened.snapshot.path) == ("local", mirror)
     with pytest.raises(ModelUnavailable, match=r"not a byte came for 0\.3 s.*its mirror too:.*not a directory") as told:
-        made.open(SOURCE, mirrors=["file:/nonexistent"])
+        made.open(SOURCE, mirrors=[f"file:{tmp_path / 'absent'}"])
     assert told.value.details["transient"]
     assert made.disks[0].revisions() == []
     hub.go_on.set()
