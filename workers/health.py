@@ -19,6 +19,7 @@ from workers import heartbeat
 from workers.heartbeat import Beat, Progress
 from workers.registry import Registry
 from workers.runner import Runner
+from workers.shares import Shares
 
 __all__ = ["HUNG_EXIT_CODE", "Health", "RateMeter"]
 
@@ -89,6 +90,7 @@ class Health(threading.Thread):
         self._exit_process = exit_process
         self._client: Any = None
         self._rate = RateMeter()
+        self._shares = Shares(registry)
         self._started_at_s = time.time()
         self._wake = threading.Event()
         self._ended = False
@@ -151,6 +153,7 @@ class Health(threading.Thread):
                 memory_bytes=self._registry.memory.used_bytes,
                 memory_limit_bytes=self._registry.memory.budget_bytes,
                 fits_bytes=self._registry.fits.used_bytes,
+                budgets=self._shares.cards(time.monotonic()),
             ),
         )
 

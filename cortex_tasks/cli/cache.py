@@ -59,7 +59,7 @@ def read_cache_report(fleet: FleetConfig) -> CacheReport:
     from cortex_tasks.cache.report import read_report
 
     with _open_cache() as redis:
-        return read_report(redis, list(fleet.models), fleet.model_storage.l2_redis.size, _flops_per_token())
+        return read_report(redis, list(fleet.models), fleet.answers_max_bytes, _flops_per_token())
 
 
 def _flops_per_token() -> dict[str, int]:

@@ -177,7 +177,7 @@ def test_a_containers_limits_reach_whatever_takes_cpus_or_memory(
     assert registry._buffer_bytes < given.inference_buffer / 4
     assert registry._buffer_tokens(SimpleNamespace(token_bytes=10**6)) < 200
     assert registry._child_bytes == given.process_pool
-    assert [disk._max_bytes < given.shared_memory / 4 for disk in registry.store.disks][-1]
+    assert [disk.max_bytes < given.shared_memory / 4 for disk in registry.store.disks][-1]
     (line,) = [record.getMessage() for record in caplog.records if "CPUs" in record.getMessage()]
     assert line.startswith("2.5 CPUs and 2,000 MB of memory (cgroup: v2, 2.50 CPUs, 2,000 MB; image: nlp): 2 threads; ")
     assert line.endswith("less than queues.yaml says")
