@@ -39,6 +39,8 @@ class Report(NamedTuple):
     stalled_s: float
     #: When it was said, in seconds of the system's monotonic clock, which all processes of a machine share.
     at_s: float
+    #: Pinned models that could not be loaded.
+    missing: tuple[str, ...] = ()
 
 
 def write_report(file: Path, report: Report) -> None:
@@ -56,6 +58,7 @@ def problem(text: str, wanted: str, now_s: float) -> str:
     try:
         said = json.loads(text)
         report = Report(*(said[name] for name in Report._fields))
+        missing = ", ".join(report.missing)
         silent_s, stalled_s, in_hand = now_s - float(report.at_s), float(report.stalled_s), int(report.in_hand)
     except (ValueError, TypeError, KeyError):
         return "the health file is damaged"
@@ -65,6 +68,8 @@ def problem(text: str, wanted: str, now_s: float) -> str:
         return f"{report.node} holds {in_hand} jobs and has finished none for {stalled_s:.0f} s"
     if wanted == "ready" and report.state != "ready":
         return f"{report.node} is {report.state}"
+    if wanted == "ready" and missing:
+        return f"{report.node} could not load {missing}"
     return ""
 
 

@@ -173,8 +173,11 @@ class Health(threading.Thread):
             in_hand=in_hand,
             excused=excused or any(model.state == "loading" for model in models),
         )
+        pinned = [model for model in models if model.config.load == "pinned"]
+        missing = tuple(model.alias for model in pinned if model.state == "unavailable")
+        said = Report(self._node, self.state, in_hand, round(stalled_s, 1), now_s, missing)
         try:
-            write_report(self._report_file, Report(self._node, self.state, in_hand, round(stalled_s, 1), now_s))
+            write_report(self._report_file, said)
         except OSError as error:
             logger.warning("%s cannot be written: %s", self._report_file, error.strerror)
 

@@ -32,6 +32,7 @@ def say(wanted: str, **changed: object) -> str:
         ({"at_s": NOW_S - SILENT_AFTER_S - 1}, "has said nothing for 61 s", "has said nothing"),
         ({"state": "starting"}, "", "is starting"),
         ({"state": "stopping"}, "", "is stopping"),
+        ({"missing": ("spacy", "minilm")}, "", "could not load spacy, minilm"),
     ],
 )
 def test_who_is_live_and_who_is_ready(changed: dict[str, object], live: str, ready: str) -> None:
@@ -41,7 +42,7 @@ def test_who_is_live_and_who_is_ready(changed: dict[str, object], live: str, rea
         assert bool(said) == bool(expected)
 
 
-@pytest.mark.parametrize("text", ["{", "[]", "{}", '"x"', '{"node": "n", "state": "ready"}', "null"])
+@pytest.mark.parametrize("text", ["{", "[]", "{}", '"x"', '{"node": "n", "state": "ready"}', "null", '{"missing": 1}'])
 def test_a_damaged_file_is_no_sign_of_life(text: str) -> None:
     assert problem(text, "live", NOW_S) == "the health file is damaged"
 

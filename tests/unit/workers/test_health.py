@@ -212,3 +212,15 @@ def test_a_report_that_cannot_be_written_does_not_end_the_worker(
 ) -> None:
     Bench(report_file=tmp_path / "no such folder" / "health.json").health.report(0.0)
     assert "cannot be written" in caplog.text
+
+
+def test_a_pinned_model_that_could_not_be_loaded_is_told(tmp_path: Path) -> None:
+    file = tmp_path / "health.json"
+    bench = Bench(report_file=file, m={"load": "pinned"}, lazy={})
+    bench.health.state = "ready"
+    bench.registry.model("lazy").state = "unavailable"
+    bench.health.report(0.0)
+    assert asked(file, "ready", 1.0) == 0
+    bench.registry.model("m").state = "unavailable"
+    bench.health.report(2.0)
+    assert (asked(file, "live", 3.0), asked(file, "ready", 3.0)) == (0, 1)
