@@ -50,7 +50,7 @@ lock: $(INSTALLED) ## resolve the images' packages anew; UPGRADE=1 takes the new
 	@PATH="$(CURDIR)/$(BIN):$$PATH" tools/lock.sh
 
 images-test: $(INSTALLED) ## build the images and run them (20 minutes the first time)
-	@$(BIN)/python -m pytest -m images -rs tests/images $(ARGS)
+	@$(BIN)/python -m pytest -rP tests/images $(ARGS)
 
 clean: ## remove caches and build products
 	@rm -rf build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache

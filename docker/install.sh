@@ -44,7 +44,7 @@ if [ -z "$keep_tests" ]; then
         # A fifth of torch's largest library is names for debuggers.
         strip --strip-unneeded "$site"/torch/lib/*.so
     fi
-    find "$site" -type f \( -name '*.a' -o -name '*.pyx' -o -name '*.pxd' -o -name '*.cu' \) -delete
+    find "$site" -type f \( -name '*.a' -o -name '*.pyx' -o -name '*.pxd' \) -delete
 fi
 
 # The root file system is read-only: compiled now or at every start. The dates of files decide nothing, so that one

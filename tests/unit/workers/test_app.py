@@ -174,7 +174,7 @@ def test_a_containers_limits_reach_whatever_takes_cpus_or_memory(
     assert registry._threads == 2
     assert registry.memory.budget_bytes < given.model_cache / 4
     assert registry.fits._max_bytes < given.model_cache / 16 / 4
-    assert registry._buffer_bytes < given.inference_buffer / 4
+    assert registry.limits.inference_buffer < given.inference_buffer / 4
     assert registry._buffer_tokens(SimpleNamespace(token_bytes=10**6)) < 200
     assert registry._child_bytes == given.process_pool
     assert [disk.max_bytes < given.shared_memory / 4 for disk in registry.store.disks][-1]
