@@ -244,14 +244,15 @@ def _trigger(fleet: FleetConfig, queue: str, gpu: bool) -> Section:
 
 def _redis(role: str, maxmemory_bytes: int, memory_bytes: int, options: str) -> Section:
     """The spec of a Redis whose password is in a file: as an argument, every process of the node could read it."""
-    password = f"read -r PASSWORD < {_SECRETS}/{role}_password"
+    # The shell's own `read` says no where the last line is not ended; the password is there all the same.
+    password = f'{{ read -r PASSWORD || [ -n "$PASSWORD" ]; }} < {_SECRETS}/{role}_password'
     start = (
         f'umask 077 && {password} && printf \'requirepass "%s"\\n\' "$PASSWORD" > /tmp/redis.conf && '
         f'exec redis-server /tmp/redis.conf --dir /data --maxmemory "$MAXMEMORY" '
         f"--client-output-buffer-limit pubsub 256mb 64mb 60 {options}"
     )
     # REDISCLI_AUTH keeps the password out of the arguments here as well.
-    ping = f'{password}; REDISCLI_AUTH="$PASSWORD" redis-cli ping | grep -q PONG'
+    ping = f'{password} && REDISCLI_AUTH="$PASSWORD" redis-cli ping | grep -q PONG'
     limits = {"cpu": "1", "memory": _quantity(memory_bytes + _REDIS_OVERHEAD_BYTES)}
     asked = {"exec": {"command": ["sh", "-c", ping]}, "periodSeconds": 10, "timeoutSeconds": 5}
     container = {

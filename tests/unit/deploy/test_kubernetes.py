@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import os
 import re
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import kubernetes_validate
 import pytest
+import redis
 import yaml
 from cloudcoil.models.keda.v1alpha1 import ScaledObject
 
@@ -17,6 +20,8 @@ from cortex_tasks.settings import Settings
 from deploy.generate import compose, kubernetes
 from deploy.generate.__main__ import ROOT
 from tests.support.kustomize import build, merged
+from tests.support.redis_server import free_port, redis_executable
+from tests.support.worker_process import poll_until
 from workers import probe
 
 Document = dict[str, Any]
@@ -273,6 +278,39 @@ def test_redis_keeps_what_it_should(built: dict[str, list[Document]], overlay: s
     assert min(room.values()) >= 256 * 10**6, "Redis evicts, or refuses, before the kernel ends it"
     (broker,) = of(built[overlay], "StatefulSet", "redis-broker")
     assert broker["spec"]["volumeClaimTemplates"][0]["metadata"]["name"] == "data"
+
+
+@pytest.mark.fleet
+@pytest.mark.parametrize("role", ["broker", "cache"])
+@pytest.mark.parametrize("ended", ["", "\n"], ids=["bare", "a line"])
+def test_redis_starts_with_its_password_and_answers_its_probe(
+    built: dict[str, list[Document]], tmp_path: Path, role: str, ended: str
+) -> None:
+    """The very commands, with this machine's Redis and places."""
+    _, container = pod(built["production"], f"redis-{role}")
+    (tmp_path / "data").mkdir()
+    (tmp_path / f"{role}_password").write_text(f"hunter2{ended}", encoding="utf-8")
+    port = free_port()
+
+    def here(command: list[str]) -> list[str]:
+        text = command[-1].replace("/run/secrets", str(tmp_path)).replace("/tmp/redis", f"{tmp_path}/redis")
+        text = text.replace(" /data", f" {tmp_path}/data").replace("redis-cli ", f"redis-cli -p {port} ")
+        return [*command[:-1], text.replace("--dir", f"--port {port} --dir")]
+
+    own = {"PATH": f"{Path(redis_executable()).parent}:{os.environ['PATH']}", **env(container)}
+    with subprocess.Popen(here(container["command"]), env=own, stdout=subprocess.DEVNULL) as process:
+        try:
+            asked = here(container["readinessProbe"]["exec"]["command"])
+            poll_until(lambda: subprocess.run(asked, env=own, check=False).returncode == 0, "it answers its probe")
+            with redis.Redis(port=port, password="hunter2") as client:
+                settings = client.config_get("maxmemory*")
+                assert settings["maxmemory"] == env(container)["MAXMEMORY"]
+                assert settings["maxmemory-policy"] == {"broker": "noeviction", "cache": "volatile-lru"}[role]
+                assert client.config_get("appendonly") == {"appendonly": {"broker": "yes", "cache": "no"}[role]}
+            with redis.Redis(port=port) as stranger, pytest.raises(redis.AuthenticationError):
+                stranger.ping()
+        finally:
+            process.terminate()
 
 
 def test_compose_gives_the_broker_as_much() -> None:
