@@ -10,13 +10,19 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import redis
+from celery import Celery
 
+from cortex_tasks.codec import loads, result_key
 from tests.support.markdown import ROOT
 from tests.support.redis_server import RedisServer
 from tests.support.worker_process import WorkerProcess, poll_until
 from workers import heartbeat
 
 pytestmark = pytest.mark.fleet
+
+#: The slow model takes 20 ms for eight of them.
+LONG = [f"text {number}" for number in range(1_000)]
 
 
 class Pod:
@@ -27,7 +33,7 @@ class Pod:
         self.beats = directory / f"cortex-{os.getuid()}"
         self.server = RedisServer(directory=directory)
         self.worker = WorkerProcess(
-            self.server.url, directory / "worker.log", queues="echo", env={"TMPDIR": str(directory)}, wait=False
+            self.server.url, directory / "worker.log", queues="echo,slow", env={"TMPDIR": str(directory)}, wait=False
         )
 
     def probe(self, *arguments: str) -> int:
@@ -71,3 +77,31 @@ def test_a_worker_that_was_killed_is_not_live(pod: Pod) -> None:
     os.killpg(pod.worker.pid, signal.SIGKILL)
     pod.worker.process.wait(10)
     assert pod.probe("live") == 1
+
+
+def test_stop_finishes_what_has_started(pod: Pod) -> None:
+    pod.worker.wait_ready()
+    poll_until(pod.beat, "it beats")
+    with Celery("plain", broker=pod.server.url, backend=pod.server.url, set_as_current=False) as app:
+        sent = app.send_task("cortex.embed", kwargs={"inputs": LONG, "model": "slow"}, queue="slow")
+        poll_until(lambda: (card := pod.worker.card()) and any(m.batches for m in card.models), "the job has started")
+        assert pod.probe("stop", "--timeout-s", "60") == 0
+    assert pod.worker.process.wait(10) == 0
+    with redis.Redis.from_url(pod.server.url) as client:
+        answer = client.get(result_key(sent.id))
+        assert answer is not None, "it was given back, not finished"
+        assert loads(answer)["status"] == "SUCCESS"
+        assert client.hlen("unacked") == 0
+
+
+def test_a_worker_that_stood_still_goes_on(pod: Pod) -> None:
+    pod.worker.wait_ready()
+    beat = poll_until(pod.beat, "it beats")
+    os.kill(pod.worker.pid, signal.SIGSTOP)
+    # What the probe would find a minute later, told from here: its clock is the machine's.
+    assert "has said nothing for" in beat.why_dead(beat.beat_at_s + heartbeat.LATE_S + 1)
+    last = pod.beat()
+    os.kill(pod.worker.pid, signal.SIGCONT)
+    assert last is not None
+    poll_until(lambda: (now := pod.beat()) and now.beat_at_s > last.beat_at_s, "it goes on")
+    assert pod.probe("live") == 0
