@@ -1,12 +1,15 @@
 """The fleet in Prometheus' text format: queues and workers, from Redis; and a small server of it.
 
-The same figures as ``cortex status``. ``sum by (queue) (cortex_queue_jobs)`` is the signal to scale by.
+The same figures as ``cortex status``. ``sum by (queue) (cortex_queue_jobs)`` is the signal to scale by; an autoscaler
+that asks for one figure in JSON (KEDA's trigger ``metrics-api``) gets it as ``total`` of ``/queues/<name>``.
 """
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Final
 
@@ -77,13 +80,19 @@ def _models(cards: Sequence[WorkerCard]) -> Iterable[_Family]:
 
 
 class MetricsServer(ThreadingHTTPServer):
-    """Answers ``GET /metrics`` with the lines of ``read``; 503 and the reason where it raises CortexError."""
+    """Answers ``GET /metrics`` with the lines of ``read`` and ``GET /queues/<name>`` with one of ``read_queues``; 503
+    and the reason where they raise CortexError."""
 
     daemon_threads = True
 
-    def __init__(self, address: tuple[str, int], read: Callable[[], Iterable[str]]) -> None:
+    def __init__(
+        self,
+        address: tuple[str, int],
+        read: Callable[[], Iterable[str]],
+        read_queues: Callable[[], Sequence[QueueDepth]],
+    ) -> None:
         """Raises OSError where the address cannot be had."""
-        self.read = read
+        self.read, self.read_queues = read, read_queues
         super().__init__(address, _Handler)
 
 
@@ -93,20 +102,31 @@ class _Handler(BaseHTTPRequestHandler):
     timeout = 10.0
 
     def do_GET(self) -> None:
-        if self.path.partition("?")[0] not in ("/metrics", "/healthcheck"):
-            self._answer(404, "not here: /metrics\n")
-        elif self.path == "/healthcheck":
-            self._answer(200, "OK\n")
-        else:
-            try:
+        path = self.path.partition("?")[0]
+        try:
+            if path == "/metrics":
                 self._answer(200, "".join(f"{line}\n" for line in self.server.read()))
-            except CortexError as error:
-                self._answer(503, f"{error}\n")
+            elif path.startswith("/queues/"):
+                self._answer_queue(path.removeprefix("/queues/"))
+            elif path == "/healthcheck":
+                self._answer(200, "OK\n")
+            else:
+                self._answer(404, "not here: /metrics, /queues/<name>\n")
+        except CortexError as error:
+            self._answer(503, f"{error}\n")
 
-    def _answer(self, status: int, text: str) -> None:
+    def _answer_queue(self, name: str) -> None:
+        for depth in self.server.read_queues():
+            if depth.queue == name:
+                figures = {**asdict(depth), "ready": depth.ready, "total": depth.total}
+                self._answer(200, json.dumps(figures) + "\n", "application/json")
+                return
+        self._answer(404, "no such queue\n")
+
+    def _answer(self, status: int, text: str, content_type: str = CONTENT_TYPE) -> None:
         body = text.encode()
         self.send_response(status)
-        self.send_header("Content-Type", CONTENT_TYPE)
+        self.send_header("Content-Type", content_type)
         self.send_header("Content-Length", str(len(body)))
         self.end_headers()
         self.wfile.write(body)

@@ -111,14 +111,14 @@ class Settings(BaseModel):
     models_dir: Path | None = None
     #: Where built engines are kept; None: cache_store.path of queues.yaml.
     cache_dir: Path | None = None
-    #: Where the worker says how it is, for probes; None: nowhere.
-    health_file: Path | None = None
     connect_timeout_s: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 3.0
     #: Hooks into Celery and kombu; "stock" switches one back.
     pool: Literal["cortex", "stock"] = "cortex"
     transport: Literal["cortex", "stock"] = "cortex"
     backend: Literal["cortex", "stock"] = "cortex"
     tracer: Literal["cortex", "stock"] = "cortex"
+    #: How long a warm shutdown goes on with jobs that have started.
+    stop_grace_s: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 20.0
 
     @classmethod
     def from_env(cls, environ: Mapping[str, str] | None = None) -> Settings:

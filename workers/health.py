@@ -1,7 +1,9 @@
-"""The worker's card in Redis, kept fresh, and the watchdog that ends a process whose model hangs."""
+"""The worker's card in Redis and its heartbeat in a file, kept fresh, and the watchdog that ends a process whose model
+hangs."""
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import threading
@@ -13,8 +15,8 @@ from typing import Any, Final, Literal
 
 from cortex_tasks.codec import PRIORITY_STEPS, queue_key
 from cortex_tasks.presence import PRESENCE_TTL_S, WORKERS_KEY, WorkerCard, worker_key
-from cortex_tasks.probe import Report, write_report
-from workers.progress import Progress
+from workers import heartbeat
+from workers.heartbeat import Beat, Progress
 from workers.registry import Registry
 from workers.runner import Runner
 
@@ -45,7 +47,11 @@ class RateMeter:
 
 
 class Health(threading.Thread):
-    """Writes the card every ``_INTERVAL_S`` and looks whether each runner still makes progress."""
+    """Writes the card and the heartbeat every ``_INTERVAL_S``, and looks whether each runner still makes progress.
+
+    ``settled``: how many jobs have left the worker so far. ``held_up``: whether answers wait for a Redis that is away.
+    ``beats_in``: the directory of heartbeats.
+    """
 
     def __init__(
         self,
@@ -60,7 +66,7 @@ class Health(threading.Thread):
         connect: Callable[[], Any],
         settled: Callable[[], int] = lambda: 0,
         held_up: Callable[[], bool] = lambda: False,
-        report_file: Path | None = None,
+        beats_in: Path | None = None,
         exit_process: Callable[[int], Any] = os._exit,
     ) -> None:
         super().__init__(name="health", daemon=True)
@@ -74,10 +80,12 @@ class Health(threading.Thread):
         self._in_flight = in_flight
         self._connect = connect
         self._settled = settled
-        #: Whether answers wait for a Redis that is away: no fault of this worker.
         self._held_up = held_up
-        self._report_file = report_file
+        self._beats_in = beats_in or heartbeat.directory()
+        self._born_ticks = heartbeat.born_ticks(os.getpid()) or 0
         self._progress = Progress()
+        self._redis_answers = False
+        self._told_unwritable = False
         self._exit_process = exit_process
         self._client: Any = None
         self._rate = RateMeter()
@@ -89,15 +97,16 @@ class Health(threading.Thread):
 
     def run(self) -> None:
         while not self._ended:
-            now_s = time.monotonic()
-            self.check_progress(now_s)
-            self.report(now_s)
+            self.check_progress(time.monotonic())
             self._registry.memory.let_idle_go()
             try:
                 self.publish()
+                self._redis_answers = True
             except Exception as error:
                 self._client = None
+                self._redis_answers = False
                 logger.debug("the worker's card could not be written: %s", type(error).__name__)
+            self._leave_beat()
             self._wake.wait(_INTERVAL_S)
             self._wake.clear()
 
@@ -107,10 +116,12 @@ class Health(threading.Thread):
         self._wake.set()
 
     def stop(self) -> None:
-        """End the thread and take the card away."""
+        """End the thread and take the card and the heartbeat away."""
         self._ended = True
         self._wake.set()
         self.join(5.0)
+        with contextlib.suppress(OSError):
+            heartbeat.erase(os.getpid(), self._beats_in)
         try:
             client = self._client or self._connect()
             client.delete(worker_key(self._node))
@@ -160,26 +171,38 @@ class Health(threading.Thread):
             {queue: sum(lengths[at * steps : (at + 1) * steps]) for at, queue in enumerate(card.queues)}
         )
 
-    def report(self, now_s: float) -> None:
-        """Write what probes read (CORTEX_HEALTH_FILE), where one is named. ``now_s``: monotonic seconds."""
-        if self._report_file is None:
-            return
+    def beat(self, now_s: float) -> Beat:
+        """What a probe on this machine gets to read. ``now_s``: monotonic seconds."""
         models = list(self._registry.models.values())
-        excused = self._held_up() or any(runner.running is not None for runner in self._runners())
-        in_hand = sum(self._in_flight().values())
-        stalled_s = self._progress.update(
-            now_s,
-            done=sum(model.items for model in models) + self._settled(),
-            in_hand=in_hand,
-            excused=excused or any(model.state == "loading" for model in models),
+        mark = (self._settled(), sum(model.batches for model in models))
+        # A pass ends by itself or by the watchdog, and so does a load by its time-outs; what cannot be told to Redis
+        # cannot be finished.
+        excused = (
+            not self._redis_answers
+            or self._held_up()
+            or any(runner.running is not None for runner in self._runners())
+            or any(model.state == "loading" for model in models)
         )
-        pinned = [model for model in models if model.config.load == "pinned"]
-        missing = tuple(model.alias for model in pinned if model.state == "unavailable")
-        said = Report(self._node, self.state, in_hand, round(stalled_s, 1), now_s, missing)
+        return Beat(
+            pid=os.getpid(),
+            born_ticks=self._born_ticks,
+            node=self._node,
+            state=self.state,
+            beat_at_s=now_s,
+            pinned={model.alias: model.state for model in models if model.config.load == "pinned"},
+            stalled_s=round(
+                self._progress.update(now_s, mark, busy=not excused and any(self._in_flight().values())), 1
+            ),
+        )
+
+    def _leave_beat(self) -> None:
         try:
-            write_report(self._report_file, said)
+            heartbeat.write(self.beat(time.monotonic()), self._beats_in)
         except OSError as error:
-            logger.warning("%s cannot be written: %s", self._report_file, error.strerror)
+            if not self._told_unwritable:
+                logger.warning("no heartbeat can be left in %s: %s; `python -m workers.probe` will find none",
+                               self._beats_in, error)  # fmt: skip
+            self._told_unwritable = True
 
     def check_progress(self, now_s: float) -> None:
         """End the process when a forward pass takes longer than the model's time limit.

@@ -38,7 +38,7 @@ def test_an_image_says_how_it_is_run(engine: Engine, images: dict[str, str], tar
     assert config["User"] == "10001:10001"
     assert config["StopSignal"] == "SIGTERM"
     assert config["Entrypoint"][0].endswith("tini")
-    assert config["Healthcheck"]["Test"] == ["CMD", "python", "-m", "cortex_tasks.probe", "ready"]
+    assert config["Healthcheck"]["Test"] == ["CMD", "python", "-m", "workers.probe", "ready"]
     labels = {name.rpartition(".")[2]: text for name, text in config["Labels"].items()}
     assert (labels["version"], labels["revision"]) == ("9.9.9", "abc123")
     assert labels["created"].endswith("Z")

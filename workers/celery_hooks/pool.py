@@ -94,7 +94,7 @@ class BatchingPool(BasePool):
         self._tracer: Tracer
         self._wake_fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self.draining = False
-        #: Jobs that were answered or given back.
+        #: Jobs that have left: answered, dropped or given back.
         self.settled = 0
 
     # --------------------------------------------------------------------------- life of the pool

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 import threading
 from collections.abc import Iterable, Iterator
 
@@ -16,7 +19,9 @@ from cortex_tasks.depths import QueueDepth
 from cortex_tasks.errors import BrokerUnavailable
 from cortex_tasks.metrics import MetricsServer, exposition
 from cortex_tasks.presence import ModelCard, StoreCard, WorkerCard
+from tests.support.markdown import ROOT
 from tests.support.redis_server import free_port
+from tests.support.worker_process import poll_until
 
 NOW_S = 1_000.0
 Samples = dict[tuple[str, frozenset[tuple[str, str]]], float]
@@ -88,10 +93,15 @@ class Told:
         if self.error is not None:
             raise self.error
 
+    def queues(self) -> list[QueueDepth]:
+        if self.error is not None:
+            raise self.error
+        return [QueueDepth("minilm", interactive=3, bulk=40, unacked=5, orphaned=1, dead=2)]
+
 
 def test_it_is_served_and_says_why_not() -> None:
     told = Told()
-    with MetricsServer(("127.0.0.1", free_port()), told) as server:
+    with MetricsServer(("127.0.0.1", free_port()), told, told.queues) as server:
         thread = threading.Thread(target=server.serve_forever)
         thread.start()
         try:
@@ -100,10 +110,38 @@ def test_it_is_served_and_says_why_not() -> None:
                 assert (answer.status_code, answer.text) == (200, "a 1\n")
                 assert answer.headers["content-type"].startswith("text/plain; version=0.0.4")
                 assert client.get("/healthcheck").text == "OK\n"
-                assert client.get("/else").status_code == 404
+                assert [client.get(path).status_code for path in ("/else", "/queues/", "/queues/x")] == [404] * 3
+                answer = client.get("/queues/minilm")
+                assert answer.headers["content-type"] == "application/json"
+                assert {name: answer.json()[name] for name in ("queue", "ready", "unacked", "total")} == {
+                    "queue": "minilm", "ready": 43, "unacked": 5, "total": 48,
+                }  # fmt: skip
                 told.error = BrokerUnavailable("Redis does not answer")
                 answer = client.get("/metrics")
                 assert (answer.status_code, answer.text) == (503, "Redis does not answer\n")
+                assert client.get("/queues/minilm").status_code == 503
         finally:
             server.shutdown()
             thread.join(20)
+
+
+@pytest.mark.fleet
+def test_the_command_serves_queues_until_it_is_told_to_end(redis_url: str) -> None:
+    with redis.Redis.from_url(redis_url) as client:
+        client.rpush("minilm", "one", "two")
+    port = free_port()
+    env = {**os.environ, "CORTEX_BROKER_URL": redis_url, "PYTHONPATH": str(ROOT)}
+    listen = ["metrics", "--listen", f"127.0.0.1:{port}"]
+    command = [sys.executable, "-c", "from cortex_tasks.cli import main; main()", *listen]
+    with subprocess.Popen(command, env=env) as process, httpx.Client(timeout=20) as client_:
+        poll_until(lambda: answers(client_, f"http://127.0.0.1:{port}/healthcheck"), "the server answers")
+        assert client_.get(f"http://127.0.0.1:{port}/queues/minilm").json()["total"] == 2
+        process.terminate()
+        assert process.wait(20) == 0
+
+
+def answers(client: httpx.Client, url: str) -> bool:
+    try:
+        return client.get(url).status_code == 200
+    except httpx.TransportError:
+        return False

@@ -13,9 +13,9 @@ import redis
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cortex_tasks import probe
 from cortex_tasks.presence import WORKERS_KEY, read_cards, worker_key
 from tests.support.stub_models import PATIENCE_S, StubAdapter, fleet_of, ready, registry_of
+from workers import heartbeat
 from workers.health import HUNG_EXIT_CODE, Health, RateMeter
 from workers.registry import Registry
 from workers.runner import Running
@@ -51,13 +51,12 @@ def test_a_growing_total_never_gives_a_negative_rate(steps: list[tuple[float, in
 
 
 class Bench:
-    def __init__(self, connect: Any = None, report_file: Path | None = None, **models: dict[str, Any]) -> None:
+    def __init__(self, connect: Any = None, beats_in: Path = Path("/nonexistent"), **models: dict[str, Any]) -> None:
         self.registry: Registry = registry_of(fleet_of(**(models or {"m": {"limits": {"time_limit_s": 10}}})))
         self.runner = SimpleNamespace(running=None)
         self.queues = ["m"]
         self.exits: list[int] = []
-        self.settled = 0
-        self.held_up = False
+        self.held, self.settled, self.held_up = 3, 0, False
         self.health = Health(
             node="node@host",
             image="nlp",
@@ -65,11 +64,11 @@ class Bench:
             queues=lambda: self.queues,
             registry=self.registry,
             runners=lambda: [self.runner],  # type: ignore[list-item]
-            in_flight=lambda: {"m": 3},
+            in_flight=lambda: {"m": self.held},
             connect=connect or (lambda: None),
             settled=lambda: self.settled,
             held_up=lambda: self.held_up,
-            report_file=report_file,
+            beats_in=beats_in,
             exit_process=self.exits.append,
         )
 
@@ -145,6 +144,93 @@ def test_a_host_of_children_gets_twice_the_time() -> None:
     assert bench.exits == [HUNG_EXIT_CODE]
 
 
+# --------------------------------------------------------------------------------------------- heartbeats
+
+
+def alive(bench: Bench, *, redis_answers: bool = True) -> None:
+    bench.health._redis_answers = redis_answers
+
+
+def test_jobs_held_without_an_answer_make_a_worker_dead() -> None:
+    bench = Bench()
+    alive(bench)
+    assert bench.health.beat(100.0).why_dead(100.0) == ""
+    assert bench.health.beat(219.0).why_dead(219.0) == ""
+    assert "finished nothing for 121 s" in bench.health.beat(221.0).why_dead(221.0)
+    bench.settled += 1
+    assert bench.health.beat(222.0).why_dead(222.0) == ""
+
+
+def test_a_batch_is_progress_even_if_its_job_is_not_through() -> None:
+    bench = Bench()
+    alive(bench)
+    bench.health.beat(0.0)
+    bench.registry.model("m").batches += 1
+    assert bench.health.beat(171.0).stalled_s == 0.0
+
+
+def test_a_worker_whose_redis_is_away_is_not_to_blame() -> None:
+    bench = Bench()
+    alive(bench)
+    bench.health.beat(0.0)
+    alive(bench, redis_answers=False)
+    assert bench.health.beat(1_000.0).why_dead(1_000.0) == ""
+    alive(bench)
+    assert bench.health.beat(1_001.0).stalled_s == pytest.approx(1.0)
+
+
+def test_an_idle_worker_may_idle() -> None:
+    bench = Bench()
+    alive(bench)
+    bench.held = 0
+    bench.health.beat(0.0)
+    assert bench.health.beat(1e6).stalled_s == 0.0
+
+
+@pytest.mark.parametrize("excuse", ["a pass runs", "a model is loaded", "answers wait for Redis"])
+def test_what_ends_by_itself_is_no_standstill(excuse: str) -> None:
+    bench = Bench()
+    alive(bench)
+    bench.health.beat(0.0)
+    bench.runner.running = Running("m", 0.0) if excuse == "a pass runs" else None
+    bench.registry.model("m").state = "loading" if excuse == "a model is loaded" else "ready"
+    bench.held_up = excuse == "answers wait for Redis"
+    assert bench.health.beat(1_000.0).stalled_s == 0.0
+
+
+def test_a_heartbeat_names_the_pinned_models() -> None:
+    bench = Bench(m={"load": "pinned"}, other={})
+    ready(bench.registry, "m", StubAdapter())
+    assert bench.health.beat(0.0).pinned == {"m": "ready"}
+
+
+def test_the_thread_leaves_a_heartbeat_while_redis_is_away_and_takes_it_along(tmp_path: Path) -> None:
+    told = threading.Event()
+
+    def connect() -> Any:
+        if any(beat.state == "ready" for beat in heartbeat.beats(tmp_path)):
+            told.set()
+        raise redis.ConnectionError("away")
+
+    bench = Bench(connect, beats_in=tmp_path)
+    bench.health.start()
+    bench.health.announce("ready")
+    while not told.wait(0.05):
+        bench.health.announce("ready")
+    (beat,) = heartbeat.beats(tmp_path)
+    assert (beat.pid, beat.node, beat.state) == (os.getpid(), "node@host", "ready")
+    bench.health.stop()
+    assert heartbeat.beats(tmp_path) == []
+
+
+def test_a_directory_that_cannot_be_written_is_told_once(caplog: pytest.LogCaptureFixture, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    bench = Bench(beats_in=tmp_path / "file" / "below")
+    for _ in range(2):
+        bench.health._leave_beat()
+    assert [record.levelname for record in caplog.records] == ["WARNING"]
+
+
 # ------------------------------------------------------------------------------------------------- models
 
 
@@ -168,59 +254,3 @@ def test_the_jobs_that_wait_in_a_queue_are_its_models_demand(redis_url: str) -> 
     bench.health.publish()
     resident = bench.registry.memory._residency.residents["m"]
     assert resident.waiting == 3.0
-
-
-# ------------------------------------------------------------------------------------------------- probes
-
-
-def asked(file: Path, wanted: str, now_s: float) -> int:
-    return probe.main([wanted], {"CORTEX_HEALTH_FILE": str(file)}, now_s)
-
-
-def test_a_worker_that_takes_and_does_not_finish_is_reported(tmp_path: Path) -> None:
-    file = tmp_path / "health.json"
-    bench = Bench(report_file=file)
-    bench.health.report(0.0)
-    assert (asked(file, "live", 1.0), asked(file, "ready", 1.0)) == (0, 1)
-    bench.health.state = "ready"
-    bench.health.report(50.0)
-    assert asked(file, "ready", 51.0) == 0
-    bench.health.report(70.0)
-    assert (asked(file, "live", 71.0), asked(file, "ready", 71.0)) == (1, 1)
-    bench.settled += 1
-    bench.health.report(72.0)
-    assert asked(file, "ready", 73.0) == 0
-
-
-@pytest.mark.parametrize("excuse", ["computes", "loads", "waits for Redis"])
-def test_what_ends_by_itself_is_no_standstill(tmp_path: Path, excuse: str) -> None:
-    file = tmp_path / "health.json"
-    bench = Bench(report_file=file)
-    bench.health.report(0.0)
-    if excuse == "computes":
-        bench.runner.running = Running("m", 5.0)
-    elif excuse == "loads":
-        bench.registry.model("m").state = "loading"
-    else:
-        bench.held_up = True
-    bench.health.report(200.0)
-    assert asked(file, "live", 201.0) == 0
-
-
-def test_a_report_that_cannot_be_written_does_not_end_the_worker(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    Bench(report_file=tmp_path / "no such folder" / "health.json").health.report(0.0)
-    assert "cannot be written" in caplog.text
-
-
-def test_a_pinned_model_that_could_not_be_loaded_is_told(tmp_path: Path) -> None:
-    file = tmp_path / "health.json"
-    bench = Bench(report_file=file, m={"load": "pinned"}, lazy={})
-    bench.health.state = "ready"
-    bench.registry.model("lazy").state = "unavailable"
-    bench.health.report(0.0)
-    assert asked(file, "ready", 1.0) == 0
-    bench.registry.model("m").state = "unavailable"
-    bench.health.report(2.0)
-    assert (asked(file, "live", 3.0), asked(file, "ready", 3.0)) == (0, 1)
