@@ -105,7 +105,9 @@ class ImagesFleet:
         of_worker = self.engine.inspect(self.container("nlp", 2))["Config"]["Env"]
         variables = [text for text in of_worker if text.startswith(("CORTEX_BROKER", "CORTEX_CACHE"))]
         flags = [part for text in variables for part in ("-e", text)]
-        secrets = ("-v", f"{SECRETS}:/run/secrets:ro")
+        # File by file: the directory is shut.
+        passwords = ("broker_password", "cache_password")
+        secrets = [part for file in passwords for part in ("-v", f"{SECRETS / file}:/run/secrets/{file}:ro")]
         self.engine.docker("run", "-d", "--name", name, "--network", f"{self.project}_fleet", "--read-only",
                            "--cap-drop", "ALL", "--security-opt", "no-new-privileges", "--tmpfs", "/tmp:size=256m",
                            *secrets, "-v", f"{source}:/src:ro", *flags, tag)  # fmt: skip

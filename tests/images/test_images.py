@@ -21,8 +21,8 @@ SEARCH: Final = """
 for tool in gcc cc g++ c++ clang make ld as git; do command -v $tool && echo "a tool: $tool"; done
 cd /opt/cortex/lib/python3*/site-packages || echo "no packages"
 find . -name '*.dist-info' -prune -o -type d \\( -name tests -o -name test \\) -print
-find / -xdev \\( -path '*/.cache/pip' -o -path '/var/lib/apt/lists/*' -o -path '/wheels/*' -o -path '/locks/*' \\) \
-    2>/dev/null | grep -v '/lists/partial$'
+find / -xdev \\( -path '*/.cache/pip' -o -path '/var/lib/apt/lists/*' -o -path '/var/cache/apt/*.bin' \\
+    -o -path '/wheels/*' -o -path '/locks/*' \\) 2>/dev/null | grep -v '/lists/partial$'
 test -d pip && echo pip
 true
 """
