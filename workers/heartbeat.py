@@ -56,7 +56,7 @@ class Beat:
     def why_dead(self, now_s: float) -> str:
         """Why only a restart helps; "" while it lives and, if it holds jobs, gets on with them."""
         if self.age_s(now_s) > LATE_S:
-            return f"it has said nothing for {self.age_s(now_s):.0f} s"
+            return f"no heartbeat for {self.age_s(now_s):.0f} s"
         if self.stalled_s > STALLED_S:
             return f"it holds jobs and has finished nothing for {self.stalled_s:.0f} s"
         return ""
