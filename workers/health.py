@@ -29,6 +29,8 @@ logger = logging.getLogger(__name__)
 HUNG_EXIT_CODE: Final = 70
 _INTERVAL_S: Final = 2.0
 _RATE_WINDOW_S: Final = 10.0
+#: A Redis that took no card for so long is away.
+_ANSWERS_S: Final = 3 * _INTERVAL_S
 
 
 class RateMeter:
@@ -48,7 +50,8 @@ class RateMeter:
 
 
 class Health(threading.Thread):
-    """Writes the card and the heartbeat every ``_INTERVAL_S``, and looks whether each runner still makes progress.
+    """Writes the card every ``_INTERVAL_S``. A thread beside it leaves the heartbeat and looks whether each runner
+    still makes progress: a Redis that is away, or whose name is not found, may hold up the card for minutes.
 
     ``settled``: how many jobs have left the worker so far. ``held_up``: whether answers wait for a Redis that is away.
     ``beats_in``: the directory of heartbeats.
@@ -85,7 +88,9 @@ class Health(threading.Thread):
         self._beats_in = beats_in or heartbeat.directory()
         self._born_ticks = heartbeat.born_ticks(os.getpid()) or 0
         self._progress = Progress()
-        self._redis_answers = False
+        self._answered_at_s = float("-inf")
+        self._pulse = threading.Thread(target=self._beat_on, name="heartbeat", daemon=True)
+        self._beat_now = threading.Event()
         self._told_unwritable = False
         self._exit_process = exit_process
         self._client: Any = None
@@ -97,31 +102,42 @@ class Health(threading.Thread):
         #: Inputs and jobs that failed; counted by the pool.
         self.errors = 0
 
+    def start(self) -> None:
+        super().start()
+        self._pulse.start()
+
     def run(self) -> None:
         while not self._ended:
-            self.check_progress(time.monotonic())
             self._registry.memory.let_idle_go()
             try:
                 self.publish()
-                self._redis_answers = True
+                self._answered_at_s = time.monotonic()
             except Exception as error:
                 self._client = None
-                self._redis_answers = False
                 logger.debug("the worker's card could not be written: %s", type(error).__name__)
-            self._leave_beat()
             self._wake.wait(_INTERVAL_S)
             self._wake.clear()
+
+    def _beat_on(self) -> None:
+        while not self._ended:
+            self.check_progress(time.monotonic())
+            self._leave_beat()
+            self._beat_now.wait(_INTERVAL_S)
+            self._beat_now.clear()
 
     def announce(self, state: Literal["starting", "ready", "stopping"]) -> None:
         """Change the state and say so at once."""
         self.state = state
         self._wake.set()
+        self._beat_now.set()
 
     def stop(self) -> None:
         """End the thread and take the card and the heartbeat away."""
         self._ended = True
         self._wake.set()
+        self._beat_now.set()
         self.join(5.0)
+        self._pulse.join(5.0)
         with contextlib.suppress(OSError):
             heartbeat.erase(os.getpid(), self._beats_in)
         try:
@@ -181,7 +197,7 @@ class Health(threading.Thread):
         # A pass ends by itself or by the watchdog, and so does a load by its time-outs; what cannot be told to Redis
         # cannot be finished.
         excused = (
-            not self._redis_answers
+            now_s - self._answered_at_s > _ANSWERS_S
             or self._held_up()
             or any(runner.running is not None for runner in self._runners())
             or any(model.state == "loading" for model in models)

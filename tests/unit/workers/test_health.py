@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 from cortex_tasks.presence import WORKERS_KEY, read_cards, worker_key
 from tests.support.stub_models import PATIENCE_S, StubAdapter, fleet_of, ready, registry_of
+from tests.support.worker_process import poll_until
 from workers import heartbeat
 from workers.health import HUNG_EXIT_CODE, Health, RateMeter
 from workers.registry import Registry
@@ -148,7 +149,7 @@ def test_a_host_of_children_gets_twice_the_time() -> None:
 
 
 def alive(bench: Bench, *, redis_answers: bool = True) -> None:
-    bench.health._redis_answers = redis_answers
+    bench.health._answered_at_s = float("inf") if redis_answers else float("-inf")
 
 
 def test_jobs_held_without_an_answer_make_a_worker_dead() -> None:
@@ -208,17 +209,17 @@ def test_the_thread_leaves_a_heartbeat_while_redis_is_away_and_takes_it_along(tm
     told = threading.Event()
 
     def connect() -> Any:
-        if any(beat.state == "ready" for beat in heartbeat.beats(tmp_path)):
-            told.set()
+        # Nobody answers, not even with a no: for as long as the test takes.
+        told.wait(PATIENCE_S)
         raise redis.ConnectionError("away")
 
     bench = Bench(connect, beats_in=tmp_path)
     bench.health.start()
     bench.health.announce("ready")
-    while not told.wait(0.05):
-        bench.health.announce("ready")
+    poll_until(lambda: any(beat.state == "ready" for beat in heartbeat.beats(tmp_path)), "it beats")
     (beat,) = heartbeat.beats(tmp_path)
     assert (beat.pid, beat.node, beat.state) == (os.getpid(), "node@host", "ready")
+    told.set()
     bench.health.stop()
     assert heartbeat.beats(tmp_path) == []
 
