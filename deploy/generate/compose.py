@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any, Final
+from typing import Final
 
 import yaml
 
 from cortex_tasks.config import FleetConfig, ImageConfig
+from deploy.generate.text import PlainDumper, Section
 
 __all__ = ["render", "render_gpu"]
-
-Section = dict[str, Any]
 
 _HEADER: Final = "# Made from queues.yaml by `make deploy-files`: edit that, or deploy/generate/compose.py.\n"
 _USE: Final = "#   docker compose -f docker/compose.yaml --profile small up -d      docs/images.md tells the rest.\n"
@@ -85,14 +84,7 @@ def render_gpu(fleet: FleetConfig) -> str:
 
 
 def _text(document: Section) -> str:
-    return _HEADER + _USE + "\n" + yaml.dump(document, Dumper=_Dumper, sort_keys=False, width=110)
-
-
-class _Dumper(yaml.SafeDumper):
-    """Writes what is the same twice, without anchors: people read it."""
-
-    def ignore_aliases(self, data: Any) -> bool:
-        return True
+    return _HEADER + _USE + "\n" + yaml.dump(document, Dumper=PlainDumper, sort_keys=False, width=110)
 
 
 def _health(test: list[str], start_period: str = "30s") -> Section:

@@ -7,12 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 import yaml
 
 from cortex_tasks.config import FleetConfig, ImageConfig
-from deploy.generate.compose import Section
+from deploy.generate.text import PlainDumper, Section
 
 __all__ = ["WORKERS", "render_gpu", "render_queues", "render_redis", "render_scaling", "render_workers"]
 
@@ -337,12 +337,5 @@ def _quantity(size_bytes: int) -> str:
     return str(size_bytes)
 
 
-class _Dumper(yaml.SafeDumper):
-    """Writes what is the same twice, without anchors: people read it."""
-
-    def ignore_aliases(self, data: Any) -> bool:
-        return True
-
-
 def _text(documents: Sequence[Section]) -> str:
-    return _HEADER + yaml.dump_all(documents, Dumper=_Dumper, sort_keys=False, width=110, explicit_start=True)
+    return _HEADER + yaml.dump_all(documents, Dumper=PlainDumper, sort_keys=False, width=110, explicit_start=True)

@@ -121,6 +121,18 @@ def test_every_queue_is_consumed_and_scaled_by(built: dict[str, list[Document]],
         assert consumed == set(fleet.queues)
 
 
+@each_overlay
+def test_every_container_runs_an_image_that_is_declared(
+    built: dict[str, list[Document]], fleet: FleetConfig, overlay: str
+) -> None:
+    used = {name: container["image"] for name, _, container in pods(built[overlay]) if not name.startswith("redis-")}
+    tags = {name: re.fullmatch(r"datapunk/cortex:([a-z]+)(-cuda)?", image) for name, image in used.items()}
+    assert {name: tag and tag[1] for name, tag in tags.items()} == {
+        **{name: name for name in kubernetes.WORKERS}, "flower": "base", "metrics": "base",
+    }  # fmt: skip
+    assert {"base", *kubernetes.WORKERS} <= set(fleet.images)
+
+
 def test_a_queue_that_no_deployment_consumes_is_refused(fleet: FleetConfig) -> None:
     raw = fleet.model_dump(mode="json")
     raw["models"]["minilm"] |= {"queue": "elsewhere", "images": ["prod"]}
