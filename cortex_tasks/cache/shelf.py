@@ -22,7 +22,7 @@ from cortex_tasks.cache.frame import opened
 from cortex_tasks.cache.names import active_revision, entry_prefix, generation_key, model_key
 from cortex_tasks.cache.near import Near, weigh
 from cortex_tasks.catalog import TaskSpec
-from cortex_tasks.derived import derive, is_derived, scaled
+from cortex_tasks.derived import Form, form_of, made
 from cortex_tasks.keys import Address, stored_params
 from cortex_tasks.payloads import Params, Result, Timings
 
@@ -71,9 +71,9 @@ class Question:
         self.entries = entry_prefix(alias)
         self.names = [model_key(alias).encode(), generation_key(alias).encode()]
         self._canonical = stored.canonical()
-        self._derived = is_derived(params, stored)
+        self._form = form_of(params, stored)
         #: Tells forms of one stored answer apart in near memory.
-        self.form = b"s" if self._derived else b""
+        self.form = repr(tuple(self._form)).encode() if self._form is not None else b""
         self._addressed: tuple[_Present, Address] | None = None
 
     def address(self, present: _Present) -> Address:
@@ -85,8 +85,8 @@ class Question:
 
     def items(self, values: Sequence[Mapping[str, Any]], revision: str) -> list[Result | None]:
         """Typed results of stored values; None for one that does not fit this version of Cortex."""
-        if self._derived:
-            values = _scaled(values)
+        if self._form is not None:
+            values = _formed(self._form, values, self.alias)
         fixed = {"model": self.alias, "revision": revision, "timings": _L2}
         return [self._item(value, fixed) for value in values]
 
@@ -97,13 +97,14 @@ class Question:
             return None
 
 
-def _scaled(values: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+def _formed(form: Form, values: Sequence[Mapping[str, Any]], alias: str) -> list[Mapping[str, Any]]:
+    """Stored values in a form. One that has no such form is empty, which is a miss: its worker says why."""
     try:
-        packed = scaled([value["data"] for value in values])
+        formed = made(form, values, alias)
     except (KeyError, ValueError, TypeError):
         # One of them is no vector of float32: it alone is a miss.
-        return [derive(value) if len(value.get("data", b"-")) % 4 == 0 else {} for value in values]
-    return [{**value, "data": data} for value, data in zip(values, packed, strict=True)]
+        return [_formed(form, [value], alias)[0] for value in values] if len(values) > 1 else [{}]
+    return [value if isinstance(value, dict) else {} for value in formed]
 
 
 class Shelf:

@@ -180,7 +180,7 @@ class AsyncCortex:
     @overload
     async def embed(self, inputs: o.Texts, **options: Unpack[o.EmbedOptions]) -> JobResult[p.Embedding]: ...
     async def embed(self, inputs: Any, **options: Any) -> Any:
-        """Sentence embeddings: ``Embedding.vector``, float32."""
+        """Sentence embeddings: ``Embedding.vector``, float32; ``.codes`` as encoded."""
         return await self._ask("embed", inputs, options)
 
     @overload

@@ -299,7 +299,7 @@ class Core:
             _seconds("deadline_s", deadline_s)
         if timeout_s is not None and timeout_s != math.inf:
             _seconds("timeout_s", timeout_s)
-        checked = check_params(spec.name, params, config.limits)
+        checked = check_params(spec.name, params, config.limits, alias)
         given = checked.model_dump(mode="json", exclude_defaults=True)
         # A checked parameter is JSON: its repr is as good as its content.
         key = (spec.name, alias, lane, cache, repr(given))

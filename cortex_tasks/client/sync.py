@@ -164,7 +164,7 @@ class Cortex:
     @overload
     def embed(self, inputs: o.Texts, **options: Unpack[o.EmbedOptions]) -> JobResult[p.Embedding]: ...
     def embed(self, inputs: Any, **options: Any) -> Any:
-        """Sentence embeddings: ``Embedding.vector``, float32."""
+        """Sentence embeddings: ``Embedding.vector``, float32; ``.codes`` as encoded."""
         return self._ask("embed", inputs, options)
 
     @overload
