@@ -18,6 +18,7 @@ from cortex_tasks.config_fields import (
     Count,
     Flag,
     Number,
+    Schedule,
     Section,
     Size,
     Source,
@@ -35,6 +36,7 @@ __all__ = [
     "ADAPTERS",
     "ALIAS_PATTERN",
     "Batching",
+    "CacheWarming",
     "Delivery",
     "FleetConfig",
     "GpuBatching",
@@ -229,6 +231,21 @@ class CacheConfig(Section):
     entry_max_size: Size = 10**6
 
 
+class CacheWarming(Section):
+    """Computing ahead what is asked for often. Its presence switches it on: frequent inputs are then kept in Redis."""
+
+    #: Cron's five fields, UTC.
+    schedule: Schedule
+    #: The models asked the most of late, whose inputs are warmed.
+    models: Annotated[Count, Field(ge=1, le=100)] = 3
+    #: The inputs asked for the most, of each.
+    inputs: Annotated[Count, Field(ge=1, le=100_000)] = 1_000
+    #: Longer inputs are neither kept nor warmed.
+    input_max_bytes: Annotated[Count, Field(ge=1, le=1_000_000)] = 2_048
+    #: Nothing new is begun after so long, for all models of a worker together.
+    time_limit_s: Annotated[Number, Field(gt=0, le=3_600)] = 60.0
+
+
 class FleetConfig(Section):
     """The whole of queues.yaml."""
 
@@ -237,6 +254,7 @@ class FleetConfig(Section):
     images: Annotated[dict[Alias, ImageConfig], Field(min_length=1)]
     delivery: Delivery = Delivery()
     cache: CacheConfig = CacheConfig()
+    cache_warming: CacheWarming | None = None
     model_storage: ModelStorage = ModelStorage()
     memory_config: MemoryConfig = MemoryConfig()
     storage_config: StorageConfig = StorageConfig()

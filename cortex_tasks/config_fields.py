@@ -11,6 +11,7 @@ from typing import Annotated, Any, Final
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 
 from cortex_tasks.catalog import TASKS, nearest
+from cortex_tasks.cron import Cron
 
 __all__ = [
     "ADAPTERS",
@@ -20,6 +21,7 @@ __all__ = [
     "Count",
     "Flag",
     "Number",
+    "Schedule",
     "Section",
     "Size",
     "Source",
@@ -71,6 +73,11 @@ def _known_source(source: str) -> str:
     return source
 
 
+def _schedule(text: str) -> str:
+    Cron.parse(text)
+    return text
+
+
 # Strict: a quoted "4", a 4.0 for a count, or a yes for a number is a slip that the file's author wants to hear of.
 Count = Annotated[int, Field(strict=True)]
 Number = Annotated[float, Field(strict=True, allow_inf_nan=False)]
@@ -80,6 +87,7 @@ Alias = Annotated[str, AfterValidator(_name)]
 TaskName = Annotated[str, AfterValidator(_known_task)]
 AdapterName = Annotated[str, AfterValidator(_known_adapter)]
 Source = Annotated[str, AfterValidator(_known_source)]
+Schedule = Annotated[str, AfterValidator(_schedule)]
 
 
 class Section(BaseModel):

@@ -21,6 +21,7 @@ from cortex_tasks.cache.counters import Counters
 from cortex_tasks.cache.frame import opened
 from cortex_tasks.cache.names import active_revision, entry_prefix, generation_key, model_key
 from cortex_tasks.cache.near import Near, weigh
+from cortex_tasks.cache.popular import Kind, Sampler
 from cortex_tasks.catalog import TaskSpec
 from cortex_tasks.derived import Form, form_of, made
 from cortex_tasks.keys import Address, stored_params
@@ -71,6 +72,7 @@ class Question:
         self.entries = entry_prefix(alias)
         self.names = [model_key(alias).encode(), generation_key(alias).encode()]
         self._canonical = stored.canonical()
+        self.kind = Kind(alias, spec.name, self._canonical)
         self._form = form_of(params, stored)
         #: Tells forms of one stored answer apart in near memory.
         self.form = repr(tuple(self._form)).encode() if self._form is not None else b""
@@ -110,10 +112,17 @@ def _formed(form: Form, values: Sequence[Mapping[str, Any]], alias: str) -> list
 class Shelf:
     """What the searches of one client share. ``clock``: monotonic seconds."""
 
-    def __init__(self, near_bytes: int, near_ttl_s: float, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self,
+        near_bytes: int,
+        near_ttl_s: float,
+        clock: Callable[[], float] = time.monotonic,
+        sampler: Sampler | None = None,
+    ) -> None:
+        """``sampler``: notes the inputs that are found here; of the others their worker does."""
         self.clock = clock
         self.near = Near(near_bytes, near_ttl_s, clock)
-        self.counters = Counters(clock)
+        self.counters = Counters(clock, sampler)
         self._models: dict[str, _Model] = {}
 
     def question(self, spec: TaskSpec, alias: str, params: Params, adapter: str) -> Question:
@@ -129,6 +138,8 @@ class Shelf:
         item = self._near(question.address(present).key(value) + question.form, present)
         if item is not None:
             self.counters.add(question.alias, near_hits=1, saved_tokens=tokens_of([value]))
+            if self.counters.sampler is not None:
+                self.counters.sampler.offer(question.kind, (value,))
         return item
 
     def _near(self, key: bytes, present: _Present) -> Result | None:
@@ -229,12 +240,15 @@ class Search:
 
     def count(self) -> None:
         """Count what came of it."""
-        known = [index for index, item in enumerate(self.found) if item is not None]
+        known = [value for value, item in zip(self._values, self.found, strict=True) if item is not None]
         l2 = sum(item is not None and item.timings is _L2 for item in self.found)
-        self._shelf.counters.add(
+        counters = self._shelf.counters
+        counters.add(
             self._question.alias,
             l2_hits=l2,
             near_hits=len(known) - l2,
             misses=len(self.found) - len(known),
-            saved_tokens=tokens_of([self._values[index] for index in known]),
+            saved_tokens=tokens_of(known),
         )
+        if counters.sampler is not None:
+            counters.sampler.offer(self._question.kind, known)

@@ -12,7 +12,7 @@ from redis.backoff import NoBackoff
 from redis.exceptions import RedisError
 
 from cortex_tasks.cache.breaker import Breaker
-from cortex_tasks.cache.counters import tell
+from cortex_tasks.cache.counters import Counts, tell
 from cortex_tasks.cache.shelf import SEARCH_INPUTS, Question, Search, Shelf
 from cortex_tasks.payloads import Result
 from cortex_tasks.settings import Settings, mask_url
@@ -74,7 +74,7 @@ class Cache:
         if not breaker.allows():
             counters.add(alias, skipped=1)
             return None
-        counts = counters.take() if counters.due else {}
+        counts = counters.take() if counters.due else Counts()
         client = self._quick if len(names) <= _BULK_KEYS else self._bulk
         try:
             if counts:
@@ -147,7 +147,7 @@ class AsyncCache:
         if not breaker.allows():
             counters.add(alias, skipped=1)
             return None
-        counts = counters.take() if counters.due else {}
+        counts = counters.take() if counters.due else Counts()
         client = self._quick if len(names) <= _BULK_KEYS else self._bulk
         try:
             if counts:

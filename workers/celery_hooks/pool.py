@@ -376,6 +376,10 @@ class BatchingPool(BasePool):
                 counts[queue] = counts.get(queue, 0) + 1
         return counts
 
+    def has_interactive(self) -> bool:
+        """Whether an interactive job was taken and not yet answered. Called by the warming thread."""
+        return any(t.job is not None and t.job.lane == "interactive" for t in list(self._tickets.values()))
+
     def _get_info(self) -> dict[str, Any]:
         """Shown key by key on Flower's worker page."""
         info: dict[str, Any] = super()._get_info()
