@@ -2,7 +2,8 @@
 
 A *flight* is one computation of one key. Its worker claims it while it looks (``LOOK``), and gives it up when it
 stores the answer (``STORE``). A claim counts only while its owner lives: the owner renews one key of its own, whatever
-it computes, so that its death frees all of its flights within ALIVE_S. Bulk claims do not hold up interactive work.
+it computes, so that its death frees all of its flights within ALIVE_S. An owner that could not give claims up goes on
+under a new name: its old one dies. Bulk claims do not hold up interactive work.
 """
 
 from __future__ import annotations
@@ -128,7 +129,7 @@ class Entry(NamedTuple):
 
 class FlightTower:
     """One worker's view of all flights. ``owner``: its name, no blanks, unlike all others. Not thread-safe, but that
-    ``store_command`` and ``stored`` may be called by another thread than the rest. ``clock``: monotonic seconds;
+    ``store_command`` and ``disown`` may be called by another thread than the rest. ``clock``: monotonic seconds;
     ``wall_clock``: epoch seconds."""
 
     def __init__(
@@ -141,6 +142,7 @@ class FlightTower:
         wall_clock: Callable[[], float] = time.time,
     ) -> None:
         self._client = client
+        self._name, self._lives = owner, 0
         self._owner = owner
         self._max_bytes = max_bytes
         self._breaker = breaker
@@ -169,10 +171,20 @@ class FlightTower:
         if self._clock() - self._renewed_s > ALIVE_S / 4:
             self._ask(lambda pipe: None)
 
-    def store(self, entries: Sequence[Entry]) -> None:
-        """Store answers and give up their flights, over a connection of its own."""
+    def store(self, entries: Sequence[Entry]) -> int:
+        """Store answers and give up their flights, over a connection of its own; how many it could before the cache
+        failed."""
         for first in range(0, len(entries), LOOK_KEYS):
-            self._ask(partial(self.store_command, entries=entries[first : first + LOOK_KEYS]))
+            if self._ask(partial(self.store_command, entries=entries[first : first + LOOK_KEYS])) is None:
+                return first
+        return len(entries)
+
+    def disown(self) -> None:
+        """Claims could not be given up: let all of this worker's claims end within ALIVE_S, and make new ones under
+        another name. Otherwise those who wait for a lost answer would wait for FLIGHT_S."""
+        self._lives += 1
+        self._owner = f"{self._name}.{self._lives}"
+        self._renewed_s = -ALIVE_S
 
     def store_command(self, pipe: Any, entries: Sequence[Entry]) -> None:
         """Let a redis-py pipeline store answers and give up their flights."""

@@ -89,6 +89,9 @@ class Rider(Protocol):
     def board(self, pipe: Any) -> int:
         """Add commands to a pipeline; returns how many. Their failure is no failure of the results."""
 
+    def arrived(self, replies: Sequence[Any]) -> None:
+        """What Redis said to those commands."""
+
     def turned_back(self) -> None:
         """The pipeline could not be sent."""
 
@@ -176,7 +179,7 @@ class BatchedRedisBackend(RedisBackend):
             riding = self._board(pipe)
             # A pipeline asks for each script whether it is known, which is a round trip: send its text instead.
             pipe.eval(_STORE, len(keys), *keys, *arguments)
-            reply = self._execute(pipe)[riding]
+            reply = self._execute(pipe, riding)[0]
         if isinstance(reply, Exception):
             raise reply
         return reply
@@ -184,14 +187,17 @@ class BatchedRedisBackend(RedisBackend):
     def _board(self, pipe: Any) -> int:
         return self.rider.board(pipe) if self.rider is not None else 0
 
-    def _execute(self, pipe: Any) -> list[Any]:
+    def _execute(self, pipe: Any, riding: int) -> list[Any]:
+        """The replies to all but the first commands, which are the rider's."""
         try:
             replies: list[Any] = pipe.execute(raise_on_error=False)
         except Exception:
             if self.rider is not None:
                 self.rider.turned_back()
             raise
-        return replies
+        if self.rider is not None:
+            self.rider.arrived(replies[:riding])
+        return replies[riding:]
 
     def _flush_large(self, stored: Sequence[_Stored]) -> None:
         finished: dict[str, list[str]] = defaultdict(list)
@@ -205,7 +211,7 @@ class BatchedRedisBackend(RedisBackend):
                     finished[str(entry.reply_to)].append(entry.task_id)
             for channel, ids in finished.items():
                 pipe.publish(channel, " ".join(ids))
-            replies = self._execute(pipe)[riding:]
+            replies = self._execute(pipe, riding)
         for reply in replies[: len(stored)]:
             if isinstance(reply, Exception):
                 raise reply

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -243,6 +243,7 @@ class Rider:
 
     def __init__(self, *command: Any) -> None:
         self.command, self.waiting, self.back = command, True, 0
+        self.replies: list[Any] = []
 
     def board(self, pipe: Any) -> int:
         if not self.waiting:
@@ -250,6 +251,9 @@ class Rider:
         self.waiting = False
         pipe.execute_command(*self.command)
         return 1
+
+    def arrived(self, replies: Sequence[Any]) -> None:
+        self.replies += replies
 
     def turned_back(self) -> None:
         self.back += 1
@@ -273,9 +277,11 @@ def test_entries_of_the_cache_go_along_with_the_results(backend: BatchedRedisBac
 
 @pytest.mark.parametrize("size", [1, 300_000], ids=["in the script", "large"])
 def test_an_entry_that_is_refused_fails_no_result(backend: BatchedRedisBackend, client: Any, size: int) -> None:
-    backend.rider = Rider("NOSUCHCOMMAND")
+    backend.rider = rider = Rider("NOSUCHCOMMAND")
     collect(backend, "1", size)
     backend.flush()
+    (refusal,) = rider.replies
+    assert isinstance(refusal, redis.ResponseError)
     assert client.exists(result_key("1"))
     assert not backend._stored
 
