@@ -125,6 +125,8 @@ def _cut(packed: bytes, count: int) -> list[bytes]:
 
 def _runs(vectors: Sequence[bytes]) -> list[tuple[int, int]]:
     """Where neighbours of one length begin and end; mostly all have one length. An empty one stands alone."""
+    if vectors and len(set(map(len, vectors))) == 1 and vectors[0]:
+        return [(0, len(vectors))]
     runs: list[tuple[int, int]] = []
     first = 0
     for index in range(1, len(vectors) + 1):

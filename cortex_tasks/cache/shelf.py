@@ -25,7 +25,7 @@ from cortex_tasks.cache.popular import Kind, Sampler
 from cortex_tasks.catalog import TaskSpec
 from cortex_tasks.derived import Form, form_of, made
 from cortex_tasks.keys import Address, stored_params
-from cortex_tasks.payloads import Params, Result, Timings
+from cortex_tasks.payloads import Embedding, Params, Result, Timings, unchecked
 
 __all__ = ["FRESH_S", "Question", "Search", "Shelf", "tokens_of"]
 
@@ -34,13 +34,15 @@ FRESH_S: Final = 0.5
 #: Inputs of one look into Redis, which serves nobody else meanwhile.
 SEARCH_INPUTS: Final = 512
 
+#: What the frame of a vector holds, and what its form adds: of known types, so that a result needs no check of its own.
+_VECTOR_FIELDS: Final = frozenset({"data", "truncated", "encoding", "scale"})
 _NEAR: Final = Timings(cached="near")
 _L2: Final = Timings(cached="l2")
 
 
 def tokens_of(values: Sequence[Any]) -> int:
     """About how many tokens these inputs are: four characters each, and each point of a series."""
-    return sum(len(value) // 4 + 1 if isinstance(value, str) else len(value.y) for value in values)
+    return sum([len(value) // 4 + 1 if isinstance(value, str) else len(value.y) for value in values])
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -93,6 +95,8 @@ class Question:
         return [self._item(value, fixed) for value in values]
 
     def _item(self, value: Mapping[str, Any], fixed: Mapping[str, Any]) -> Result | None:
+        if self.spec.result is Embedding and type(value.get("data")) is bytes and value.keys() <= _VECTOR_FIELDS:
+            return unchecked(Embedding, {"truncated": False, "encoding": "float32", "scale": 1.0, **value, **fixed})
         try:
             return self.spec.result.model_validate({**value, **fixed})
         except ValidationError:
@@ -233,10 +237,12 @@ class Search:
         if not values:
             return
         question, shelf = self._question, self._shelf
+        keeps = shelf.near.max_bytes > 0
         for index, item in zip(indexes, question.items(values, self._present.revision or ""), strict=True):
             if item is not None:
                 self.found[index] = item
-                shelf._keep(self._keys[index] + question.form, item, self._present)
+                if keeps:
+                    shelf._keep(self._keys[index] + question.form, item, self._present)
 
     def count(self) -> None:
         """Count what came of it."""

@@ -29,8 +29,8 @@ from cortex_tasks.testing.wires import AsyncMemoryWire, MemoryWire
 __all__ = ["Handler", "LocalFleet", "RecordedJob", "echo_fleet"]
 
 #: ``handler(task, model, inputs, params)`` -> one entry an input: the fields of the task's result class less model,
-#: revision and timings (bytes for packed vectors), or an error. ``inputs`` are checked texts or ``Series``. To raise
-#: a CortexError fails the job as a whole.
+#: revision and timings (vectors as bytes of float32, of which the fleet makes the form asked for), or an error.
+#: ``inputs`` are checked texts or ``Series``. To raise a CortexError fails the job as a whole.
 Handler = Callable[[str, str, Sequence[Any], Params], Sequence[Mapping[str, Any] | CortexError]]
 
 _NODE: Final = "local@testing"
