@@ -94,7 +94,9 @@ class Wiring:
             return None
         busy = getattr(events, "has_interactive", bool)
         client = self._connect_cache()
-        return Warmer(self.fleet.cache_warming, self.registry, client, desk.submit, busy, desk.counters)
+        return Warmer(
+            self.fleet.cache_warming, self.registry, client, desk.submit, busy, desk.counters, owner=self.node
+        )
 
     def _new_desk(self, events: Events) -> CacheDesk:
         """The result cache's part of this worker."""

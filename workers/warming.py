@@ -24,7 +24,7 @@ from cortex_tasks.cache.popular import Wanted, read_inputs, read_models
 from cortex_tasks.catalog import TASKS
 from cortex_tasks.config import CacheWarming
 from cortex_tasks.cron import Cron
-from cortex_tasks.errors import CortexError, InvalidInput, InvalidParameter, ModelError
+from cortex_tasks.errors import CortexError, InvalidInput, InvalidParameter
 from cortex_tasks.inputs import check_input, check_params
 from cortex_tasks.keys import Address, stored_params
 from cortex_tasks.payloads import Params
@@ -115,8 +115,8 @@ class _Question(NamedTuple):
 
 class Warmer(threading.Thread):
     """``redis``: a client of the cache's. ``submit`` hands a job to the desk; ``busy`` says whether interactive work is
-    in the worker's hands. ``clock``: monotonic seconds; ``wall_clock``: epoch seconds; ``start_s``: the start that
-    workers get of models that only they have loaded."""
+    in the worker's hands; ``owner`` names the worker in its leases. ``clock``: monotonic seconds; ``wall_clock``: epoch
+    seconds; ``start_s``: the start that workers get of models that only they have loaded."""
 
     def __init__(
         self,
@@ -127,12 +127,14 @@ class Warmer(threading.Thread):
         busy: Callable[[], bool],
         counters: Counters,
         *,
+        owner: str = "",
         clock: Callable[[], float] = time.monotonic,
         wall_clock: Callable[[], float] = time.time,
         start_s: float = START_S,
     ) -> None:
         super().__init__(name="cache-warming", daemon=True)
         self._start_s = start_s
+        self._owner = owner
         self._config, self._registry, self._redis = config, registry, redis
         self._submit, self._busy, self._counters = submit, busy, counters
         self._clock, self._wall_clock = clock, wall_clock
@@ -184,7 +186,7 @@ class Warmer(threading.Thread):
         if model is None or not model.config.cached or not self._has_room(model):
             return False
         lease_s = _LEASE_S + math.ceil(self._config.time_limit_s)
-        return bool(self._redis.set(warming_key(alias, due_s), self.name, nx=True, ex=lease_s))
+        return bool(self._redis.set(warming_key(alias, due_s), self._owner, nx=True, ex=lease_s))
 
     def _has_room(self, model: Model) -> bool:
         """Nobody who is in memory goes for the sake of warming, as far as the model's size is known."""
@@ -192,22 +194,35 @@ class Warmer(threading.Thread):
         return memory.stays(model.alias) or memory.used_bytes + model.size_bytes <= memory.budget_bytes
 
     def _warm(self, model: Model, until_s: float) -> None:
-        began_s, cut, warmed = self._clock(), False, 0
+        began_s = self._clock()
         inputs = read_inputs(self._redis, model.alias, self._wall_clock(), self._config.inputs)
         if not inputs:
             return
-        try:
-            with self._registry.using(model.alias):
-                for question, values in self._missing(model, inputs):
-                    if cut := not self._free(until_s):
-                        break
-                    warmed += self._compute(model, question, values, until_s)
-        except ModelError as error:
-            logger.warning("model %s is not warmed: %s", model.alias, error)
+        warmed = self._load(model, inputs, until_s) if model.state != "ready" else 0
+        if not self._registry.hold(model):
+            logger.warning("model %s is not warmed: it is not loaded", model.alias)
             return
-        self._counters.add(model.alias, warmings=1, warmed=warmed, warmings_cut=int(cut))
+        cut = False
+        try:
+            for question, values in self._missing(model, inputs):
+                if cut := not self._free(until_s):
+                    break
+                warmed += self._compute(model, question, values, until_s)
+        finally:
+            self._registry.release(model.alias)
+            self._counters.add(model.alias, warmings=1, warmed=warmed, warmings_cut=int(cut))
         logger.info("model %s: %d of %d frequent inputs warmed in %.1f s%s", model.alias, warmed, len(inputs),
                     self._clock() - began_s, ", cut off" if cut else "")  # fmt: skip
+
+    def _load(self, model: Model, inputs: Sequence[Wanted], until_s: float) -> int:
+        """Have a model loaded as for any job that is its first: whoever asks for it meanwhile waits for the same load.
+
+        Returns how many inputs were computed with it.
+        """
+        for question, value in self._checked(model, inputs)[:1]:
+            if self._free(until_s):
+                return self._compute(model, question, [value], until_s)
+        return 0
 
     def _missing(self, model: Model, inputs: Sequence[Wanted]) -> Iterator[tuple[_Question, list[Any]]]:
         """What of these is not stored, in jobs of one question each, the most frequent first."""

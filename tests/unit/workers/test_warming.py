@@ -47,7 +47,11 @@ class Bench:
         self.compute(job)
 
     def answered(self, job: Job) -> None:
-        for index, _ in job.good_inputs():
+        """As desk and runner do: the first job of a model loads it; answers are stored."""
+        if self.registry.model(job.model).state != "ready":
+            ready(self.registry, job.model, StubAdapter())
+        for index, value in job.good_inputs():
+            self.store(value, job.model)
             job.settle(index, {"data": b"", "truncated": False})
         self.gate.finished([job])
 
@@ -59,9 +63,9 @@ class Bench:
             tell_samples(pipe, Samples(self.at_s, 10_000, {alias: weights}))
             pipe.execute()
 
-    def store(self, text: str) -> None:
-        key = Address("embed", "m", "rev", CANONICAL).key(text)
-        self.raw.set(entry_prefix("m") + key, b"known")
+    def store(self, text: str, alias: str = "m") -> None:
+        key = Address("embed", alias, "rev", CANONICAL).key(text)
+        self.raw.set(entry_prefix(alias) + key, b"known")
 
     def hour(self) -> None:
         """The next scheduled moment comes."""
@@ -112,8 +116,11 @@ def test_one_worker_of_a_model_does_it_at_each_moment(bench: Bench, raw: Any) ->
     assert (len(bench.jobs), len(other.jobs)) == (1, 0)
     [lease] = raw.keys("cortex:cache:warm:m:*")
     assert 600 < raw.ttl(lease) <= 660
-    bench.ask("a"), other.hour(), bench.hour()
-    assert (len(bench.jobs), len(other.jobs)) == (1, 1)
+    bench.ask("b")
+    other.at_s = bench.at_s
+    other.hour()
+    bench.hour()
+    assert (bench.warmed, other.warmed) == (["a"], ["b"])
 
 
 def test_only_so_many_inputs_of_only_so_many_models(raw: Any) -> None:
@@ -125,13 +132,12 @@ def test_only_so_many_inputs_of_only_so_many_models(raw: Any) -> None:
 
 
 def test_a_popular_model_that_is_not_in_memory_is_loaded_where_there_is_room(bench: Bench) -> None:
-    bench.ask("a", alias="lazy", weight=9)
+    bench.ask("a", "c", "d", alias="lazy", weight=9)
     bench.ask("b")
     bench.hour()
-    # Loaded models first: workers that have the other one loaded get the start of it.
-    assert [job.model for job in bench.jobs] == ["m", "lazy"]
-    assert bench.registry.model("lazy").state == "ready"
-    assert bench.registry.memory.used_bytes == 14
+    # Loaded models first: workers that have the other one loaded get the start of it. Its own first job loads it.
+    assert [(job.model, job.inputs) for job in bench.jobs] == [("m", ["b"]), ("lazy", ["a"]), ("lazy", ["c", "d"])]
+    assert bench.counts("lazy") == {"warmings": 1, "warmed": 3}
 
 
 def test_nobody_in_memory_has_to_go(bench: Bench) -> None:
@@ -143,18 +149,44 @@ def test_nobody_in_memory_has_to_go(bench: Bench) -> None:
 
 
 def test_a_model_that_cannot_be_had_does_not_keep_the_next_from_being_warmed(
-    bench: Bench, monkeypatch: pytest.MonkeyPatch
+    bench: Bench, caplog: pytest.LogCaptureFixture
 ) -> None:
-    def fail(alias: str, *, hold: bool = False) -> Any:
-        raise ModelUnavailable("gone")
+    def compute(job: Job) -> None:
+        if job.model == "m":
+            job.failure = ModelUnavailable("gone")
+            bench.gate.finished([job])
+        else:
+            bench.answered(job)
 
     bench.registry.model("m").state = "idle"
-    load = bench.registry.load
-    monkeypatch.setattr(bench.registry, "load", lambda a, hold=False: (fail if a == "m" else load)(a, hold=hold))
+    bench.compute = compute
     bench.ask("a", weight=9)
     bench.ask("b", alias="lazy")
     bench.hour()
-    assert bench.warmed == ["b"]
+    assert [(job.model, job.inputs) for job in bench.jobs] == [("m", ["a"]), ("lazy", ["b"])]
+    assert "model m is not warmed" in caplog.text
+
+
+def test_the_thread_that_warms_loads_nothing_itself(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A load of its own would leave jobs parked that came meanwhile: they wait for the load of a job."""
+    monkeypatch.setattr(bench.registry, "load", None)
+    bench.ask("a", alias="lazy")
+    bench.hour()
+    assert bench.warmed == ["a"]
+
+
+def test_a_model_stays_in_memory_while_it_is_warmed(bench: Bench) -> None:
+    held: list[int] = []
+
+    def compute(job: Job) -> None:
+        held.append(bench.registry.memory._residency.residents["m"].holds)
+        bench.answered(job)
+
+    bench.compute = compute
+    bench.ask("a")
+    bench.hour()
+    assert held == [1]
+    assert bench.registry.memory._residency.residents["m"].holds == 0
 
 
 def test_what_this_worker_would_refuse_or_does_not_cache_is_left_out(bench: Bench) -> None:
