@@ -151,7 +151,8 @@ class Answer:
             "task": self.task,
             "model": self.model,
             "revision": self.revision,
-            "timings": self.timings.model_dump(),
+            # Numbers and a word, so that its fields are what pydantic would dump.
+            "timings": vars(self.timings).copy(),
             "items": self.items,
         }
 

@@ -224,9 +224,11 @@ class NearMemory(Section):
 
 
 class CacheConfig(Section):
-    """The result cache, beside ``models.<alias>.cache_ttl_s`` and ``model_storage.l2_redis.size``."""
+    """The result cache, beside ``models.<alias>.cache_ttl_s``."""
 
     near: NearMemory = NearMemory()
+    #: Its part of ``model_storage.l2_redis.size``; half of that when it is not given.
+    max_size: Size | None = None
     #: Larger answers are not stored.
     entry_max_size: Size = 10**6
 
@@ -265,6 +267,17 @@ class FleetConfig(Section):
         if problems := [f"{dotted(path)}: {message}" for path, message in found]:
             raise ValueError("; ".join(problems))
         return self
+
+    @property
+    def answers_max_bytes(self) -> int:
+        """What the result cache may take of Redis."""
+        whole = self.model_storage.l2_redis.size
+        return whole // 2 if self.cache.max_size is None else min(whole, self.cache.max_size)
+
+    @property
+    def weights_max_bytes(self) -> int:
+        """What models and fits may take of Redis."""
+        return self.model_storage.l2_redis.size - self.answers_max_bytes
 
     @cached_property
     def queues(self) -> tuple[str, ...]:

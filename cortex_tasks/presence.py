@@ -16,6 +16,7 @@ __all__ = [
     "PRESENCE_TTL_S",
     "SILENT_AFTER_S",
     "WORKERS_KEY",
+    "BudgetCard",
     "ModelCard",
     "StoreCard",
     "TierCard",
@@ -81,12 +82,22 @@ class TierCard(_Card):
     mean_ms: float = 0.0
 
 
+class BudgetCard(_Card):
+    """One of the budgets of queues.yaml: what is used of it, and the limit."""
+
+    used_bytes: int = 0
+    limit_bytes: int = 0
+
+
 class StoreCard(_Card):
     """The model store of one worker."""
 
     #: Of the models loaded in the worker's own process, and what they may take together.
     memory_bytes: int = 0
     memory_limit_bytes: int = 0
+    #: By their names in queues.yaml: ``model_cache``, ``inference_buffer`` (a full batch of the neediest model),
+    #: ``process_pool``, ``shared_memory``, ``model_store``.
+    budgets: dict[str, BudgetCard] = {}
     #: Of the fits that are remembered.
     fits_bytes: int = 0
     #: Models thrown out of memory, and loads of a model that was in memory before.

@@ -90,6 +90,8 @@ class Settings(BaseModel):
     models_dir: Path | None = None
     #: Where built engines are kept; None: cache_store.path of queues.yaml.
     cache_dir: Path | None = None
+    #: Forge's registry of models, an address that fsspec reads; it may hold a password.
+    forge_url: SecretStr | None = None
     connect_timeout_s: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 3.0
     #: Hooks into Celery and kombu; "stock" switches one back.
     pool: Literal["cortex", "stock"] = "cortex"
@@ -118,6 +120,10 @@ class Settings(BaseModel):
     @property
     def cache(self) -> str:
         return (self.cache_url or self.result_url or self.broker_url).get_secret_value()
+
+    @property
+    def forge(self) -> str | None:
+        return self.forge_url.get_secret_value() if self.forge_url is not None else None
 
     @property
     def broker(self) -> str:

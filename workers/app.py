@@ -103,7 +103,7 @@ class Wiring:
         # No blanks: a claim in Redis is the owner and its lane.
         owner = f"{os.getpid()}@{socket.gethostname()}:{uuid4().hex[:8]}".replace(" ", "_")
         breaker = Breaker(mask_url(self.settings.cache))
-        tower = FlightTower(self._connect_cache(), owner, self.fleet.model_storage.l2_redis.size, breaker)
+        tower = FlightTower(self._connect_cache(), owner, self.fleet.answers_max_bytes, breaker)
         desk = CacheDesk(
             tower,
             self.registry,

@@ -1,4 +1,4 @@
-"""``cortex models pull|list|verify|pin|evict|gc``: the files of models on this host and in Redis.
+"""``cortex models pull|list|verify|pin|evict|gc|publish``: the files of models on this host and in Redis.
 
 The ``cortex`` command belongs to the light client, which imports these by name when one of them is called. Nothing
 here loads a model library.
@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Final
 
 import click
@@ -21,12 +22,13 @@ from cortex_tasks.config import FleetConfig, ModelConfig, Settings, load_fleet
 from cortex_tasks.errors import CortexError, ModelUnavailable, UnknownModel
 from cortex_tasks.terminal import bar, style_for, table
 from cortex_tasks.wire import unavailable
+from workers.store import forge
 from workers.store.build import open_store, shares
 from workers.store.counters import Tier
 from workers.store.disk import Disk
 from workers.store.tiers import Store, key_of
 
-__all__ = ["evict", "gc", "list_", "pin", "pull", "verify"]
+__all__ = ["evict", "gc", "list_", "pin", "publish", "pull", "verify"]
 
 _JSON: Final = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 _ALIASES: Final = click.argument("aliases", nargs=-1)
@@ -295,6 +297,21 @@ def gc(as_json: bool) -> None:
         click.echo(json.dumps({"disk": removed, "redis": dropped}))
     else:
         click.echo(f"Redis: {dropped} entries removed")
+
+
+@click.command()
+@click.argument("name")
+@click.argument("directory", type=click.Path(exists=True, file_okay=False, path_type=Path))
+def publish(name: str, directory: Path) -> None:
+    """Put the model in DIRECTORY into Forge's registry (CORTEX_FORGE_URL) as the current revision of forge:NAME.
+
+    Hosts that hold a revision before fetch this one with `cortex models pull --again`.
+    """
+    try:
+        digest = forge.publish(Settings.from_env().forge, name, directory)
+    except (OSError, ImportError) as error:
+        raise CortexError(f"the registry cannot be written: {getattr(error, 'strerror', None) or error}") from error
+    click.echo(f"forge:{name}: {digest[:12]} is current")
 
 
 def _writing(disk: Disk, work: Any) -> None:

@@ -14,6 +14,7 @@ from cortex_tasks.codec import PRIORITY_STEPS, queue_key
 from cortex_tasks.presence import PRESENCE_TTL_S, WORKERS_KEY, WorkerCard, worker_key
 from workers.registry import Registry
 from workers.runner import Runner
+from workers.shares import Shares
 
 __all__ = ["HUNG_EXIT_CODE", "Health", "RateMeter"]
 
@@ -70,6 +71,7 @@ class Health(threading.Thread):
         self._exit_process = exit_process
         self._client: Any = None
         self._rate = RateMeter()
+        self._shares = Shares(registry)
         self._started_at_s = time.time()
         self._wake = threading.Event()
         self._ended = False
@@ -127,6 +129,7 @@ class Health(threading.Thread):
                 memory_bytes=self._registry.memory.used_bytes,
                 memory_limit_bytes=self._registry.memory.budget_bytes,
                 fits_bytes=self._registry.fits.used_bytes,
+                budgets=self._shares.cards(time.monotonic()),
             ),
         )
 

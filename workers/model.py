@@ -69,6 +69,18 @@ class Model:
             raise self.error or ModelUnavailable(f"model {self.alias!r} is not loaded")
         return self.adapter
 
+    @property
+    def batch_bytes(self) -> int:
+        """What the forward pass of a full batch takes at most; 0 when it is not known."""
+        adapter = self.adapter
+        return self.budget.max_padded_tokens * adapter.token_bytes if adapter else 0
+
+    @property
+    def process_bytes(self) -> int:
+        """What its child processes hold; 0 for a model that has none."""
+        adapter = self.adapter
+        return adapter.size_bytes if adapter and self.config.children else 0
+
     def card(self) -> ModelCard:
         # Read once: another thread may let the model go.
         adapter, learner, opened = self.adapter, self.learner, self.opened

@@ -60,14 +60,16 @@ class Registry:
         children = sum(model.config.children for model in self.models.values())
         #: Each child's share of the memory that queues.yaml gives to child processes.
         self.store = store or Store(models_dir=models_dir)
-        self.fits = Fits(self.store.l2, fleet.memory_config.model_cache // _FITS_SHARE, self.store.counters)
         self._child_bytes = fleet.memory_config.process_pool // max(children, 1)
-        self._buffer_bytes = fleet.memory_config.inference_buffer
+        self.limits = fleet.memory_config
         self._threads = threads
         self._device = device
         l1 = fleet.model_storage.l1_memory
+        #: Of models and fits together.
+        self.memory_limit_bytes = min(l1.size, fleet.memory_config.model_cache)
+        self.fits = Fits(self.store.l2, self.memory_limit_bytes // _FITS_SHARE, self.store.counters)
         self.memory = Memory(
-            min(l1.size, fleet.memory_config.model_cache) * (_FITS_SHARE - 1) // _FITS_SHARE,
+            self.memory_limit_bytes * (_FITS_SHARE - 1) // _FITS_SHARE,
             l1.ttl_s,
             self._let_go,
             clock,
@@ -272,7 +274,7 @@ class Registry:
 
     def _buffer_tokens(self, adapter: Adapter) -> int | None:
         """The most padded tokens whose forward pass keeps within ``inference_buffer``."""
-        return max(1, self._buffer_bytes // adapter.token_bytes) if adapter.token_bytes else None
+        return max(1, self.limits.inference_buffer // adapter.token_bytes) if adapter.token_bytes else None
 
     def _learner(self, config: ModelConfig, adapter: Adapter) -> BudgetLearner | None:
         """A learner that has seen the model run, for models whose cost grows with tokens."""

@@ -14,6 +14,8 @@ _log = logging.getLogger(__name__)
 #: The first pause, doubled by each failure that follows up to the longest.
 FIRST_PAUSE_S: Final = 0.1
 LONGEST_PAUSE_S: Final = 5.0
+#: A cache that comes and goes is spoken of this often.
+TELL_EVERY_S: Final = 60.0
 
 
 class Breaker:
@@ -27,6 +29,8 @@ class Breaker:
         self._clock = clock
         self._closed_until_s = 0.0
         self._pause_s = 0.0
+        self._told_s = -TELL_EVERY_S
+        self._untold, self._out = 0, False
         #: How often asking failed, and how often it was not asked.
         self.failures = 0
         self.skips = 0
@@ -49,15 +53,25 @@ class Breaker:
         return True
 
     def succeeded(self) -> None:
-        if self._pause_s:
-            self._pause_s = 0.0
+        self._pause_s = 0.0
+        if self._out:
+            self._out = False
             _log.warning("the cache at %s answers again", self._name)
 
     def failed(self, error: BaseException) -> None:
-        """Note a failure, with one line in the log for the first of a row."""
+        """Note a failure, with one line in the log for the first of a row, and one in TELL_EVERY_S at most."""
         self.failures += 1
-        if not self._pause_s:
-            _log.warning("the cache at %s is skipped until it answers again: %s: %s; jobs are computed meanwhile",
-                         self._name, type(error).__name__, error)  # fmt: skip
+        now_s = self._clock()
+        first = not self._pause_s
+        if (first or not self._out) and now_s - self._told_s >= TELL_EVERY_S:
+            self._tell(error)
+            self._told_s, self._untold, self._out = now_s, 0, True
+        elif first:
+            self._untold += 1
         self._pause_s = min(self._pause_s * 2, LONGEST_PAUSE_S) if self._pause_s else FIRST_PAUSE_S
-        self._closed_until_s = self._clock() + self._pause_s
+        self._closed_until_s = now_s + self._pause_s
+
+    def _tell(self, error: BaseException) -> None:
+        before = f" (and {self._untold} times since this was last said)" if self._untold else ""
+        _log.warning("the cache at %s is skipped until it answers again: %s: %s; jobs are computed meanwhile%s",
+                     self._name, type(error).__name__, error, before)  # fmt: skip

@@ -47,7 +47,7 @@ def stats(as_json: bool, as_metrics: bool) -> None:
 
     fleet = load_fleet()
     with _open_cache() as redis:
-        report = read_report(redis, list(fleet.models), fleet.model_storage.l2_redis.size, _flops_per_token())
+        report = read_report(redis, list(fleet.models), fleet.answers_max_bytes, _flops_per_token())
     if as_metrics:
         click.echo("\n".join(prometheus(report)))
     elif as_json:

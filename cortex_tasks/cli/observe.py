@@ -86,6 +86,7 @@ class _Models(LazyGroup):
         "pin": "workers.commands:pin",
         "evict": "workers.commands:evict",
         "gc": "workers.commands:gc",
+        "publish": "workers.commands:publish",
     }
 
 
@@ -145,7 +146,13 @@ def _memory(card: WorkerCard) -> str:
     )
     used = f"{store.memory_bytes / 1e6:,.0f} of {store.memory_limit_bytes / 1e6:,.0f} MB"
     moved = f"{store.evictions} evictions, {store.reloads} reloads"
-    return "; ".join(part for part in (loaded or "nothing loaded", used, moved, tiers and f"hits: {tiers}") if part)
+    shares = ", ".join(
+        f"{name} {budget.used_bytes / 1e6:,.0f} of {budget.limit_bytes / 1e6:,.0f} MB"
+        for name, budget in store.budgets.items()
+        if budget.used_bytes and name != "model_cache"
+    )
+    parts = (loaded or "nothing loaded", used, shares, moved, tiers and f"hits: {tiers}")
+    return "; ".join(part for part in parts if part)
 
 
 def _cells(row: _ModelRow) -> tuple[str, ...]:

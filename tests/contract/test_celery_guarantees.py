@@ -178,6 +178,8 @@ def test_a_job_that_waits_can_be_revoked(bench: Bench) -> None:
 
 def test_events_tell_the_life_of_a_job(bench: Bench) -> None:
     seen: dict[str, list[dict[str, Any]]] = {}
+    for n in range(3):
+        bench.send([f"nobody watches {n}"]).get(timeout=20)
 
     def note(event: dict[str, Any]) -> None:
         seen.setdefault(event.get("uuid", ""), []).append(event)
@@ -193,6 +195,7 @@ def test_events_tell_the_life_of_a_job(bench: Bench) -> None:
             except (StopIteration, TimeoutError, OSError):
                 consumer = receiver.itercapture(limit=None, timeout=0.2, wakeup=False)
             if result is None:
+                # It is the first thing that happens after the monitor came.
                 result = bench.send(["watched"])
             elif any(event["type"] == "task-succeeded" for event in seen.get(result.id, [])):
                 break

@@ -276,9 +276,7 @@ class Pair:
         app = make_app(Settings.model_validate({"broker_url": self.url}), self.fleet)
         app.control.cancel_consumer("gated", destination=[card.node], reply=True, timeout=10)
         app.close()
-        self.second = WorkerProcess(
-            self.url, self.directory / "2.log", queues="gated", env={"CORTEX_TEST_GATE": "/nonexistent/gate"}
-        )
+        self.second = WorkerProcess(self.url, self.directory / "2.log", queues="gated", env={"CORTEX_TEST_GATE": ""})
         return self.second
 
     def close(self) -> None:

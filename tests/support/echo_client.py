@@ -17,6 +17,8 @@ from cortex_tasks import Cortex, CortexError, Embedding, load_fleet
 from cortex_tasks.echo import echo_vector
 
 THREADS = 4
+#: Others may want the same cores.
+TIMEOUT_S = 150.0
 LISTS = 5
 LIST_INPUTS = 20
 MAP_INPUTS = 256
@@ -50,7 +52,7 @@ def ask(cortex: Cortex, name: str, singles: int) -> tuple[int, list[str]]:
 
 def main() -> int:
     url, queues_file, name, singles = sys.argv[1:]
-    with Cortex(url, fleet=load_fleet(Path(queues_file))) as cortex:
+    with Cortex(url, fleet=load_fleet(Path(queues_file)), timeout_s=TIMEOUT_S) as cortex:
         cortex.embed(f"{name}: the first", model="echo")
         sys.stdout.write("ready\n")
         sys.stdout.flush()

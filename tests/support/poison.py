@@ -31,12 +31,11 @@ class GatedAdapter(EchoAdapter):
 
     def __init__(self, **options: Any) -> None:
         super().__init__(**options)
-        self._gate = Path(os.environ.get("CORTEX_TEST_GATE", "/nonexistent"))
+        self._gate = Path(gate) if (gate := os.environ.get("CORTEX_TEST_GATE")) else None
 
     def forward(self, task: str, items: Sequence[Item], params: Params) -> Sequence[WireValue]:
-        if not any("warm" in item.data for item in items):
-            if self._gate.parent.exists():
-                self._gate.with_suffix(".entered").touch()
+        if self._gate is not None and not any("warm" in item.data for item in items):
+            self._gate.with_suffix(".entered").touch()
             while self._gate.exists():
                 time.sleep(0.005)
         return super().forward(task, items, params)

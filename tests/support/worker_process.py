@@ -19,7 +19,7 @@ from cortex_tasks.presence import WorkerCard, read_cards
 
 ROOT = Path(__file__).resolve().parents[2]
 QUEUES_FILE = ROOT / "tests" / "support" / "queues.test.yaml"
-START_TIMEOUT_S = 60.0
+START_TIMEOUT_S = 120.0
 
 
 class WorkerProcess:

@@ -10,6 +10,7 @@ import logging
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from datetime import UTC, datetime
 from typing import Any, Final, NamedTuple, Protocol
 
 from celery import states
@@ -141,7 +142,8 @@ class BatchedRedisBackend(RedisBackend):
             "result": answer,
             "traceback": None,
             "children": [],
-            "date_done": self.app.now().isoformat(),
+            # Celery's own way asks the time zone database, at three times the price of an encoding.
+            "date_done": datetime.now(UTC).isoformat(),
             "task_id": job_id,
         }
         self._stored.append(_Stored(result_key(job_id), self.encode(meta), self.expires, job_id, reply_to))

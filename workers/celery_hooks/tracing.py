@@ -98,7 +98,9 @@ class Tracer:
         self, task: Any, job_id: str, outcome: Answer, headers: Mapping[str, Any], runtime_s: float
     ) -> tuple[int, str, float]:
         self._backend.collect_success(job_id, outcome, headers.get("reply_to"))
-        shown = saferepr(outcome, task.resultrepr_maxsize)
+        shown = repr(outcome)
+        if len(shown) > task.resultrepr_maxsize:
+            shown = saferepr(outcome, task.resultrepr_maxsize)
         if self._says_so:
             context = {"id": job_id, "name": headers.get("shadow") or task.name, "return_value": shown}
             called = {"args": headers.get("argsrepr"), "kwargs": headers.get("kwargsrepr")}

@@ -7,7 +7,8 @@ something and moves its last element onto itself: a look without a pop. One conn
 the priorities in between are looked at whenever a wait times out.
 
 Entries in ``unacked`` and ``unacked_index`` stay kombu's own, so stock workers restore them and the other way round.
-Needs Redis 6.2 (BLMOVE, RPOP with a count). Touches kombu 5.7's ``redis.Channel`` and ``MultiChannelPoller``.
+Needs Redis 6.2 (BLMOVE, RPOP with a count). Touches kombu 5.7's ``redis.Channel`` and
+``MultiChannelPoller``.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from uuid import uuid4
 
 from kombu.transport import TRANSPORT_ALIASES
 from kombu.transport import redis as kombu_redis
+from kombu.utils.json import dumps
 from redis.exceptions import RedisError, ResponseError
 
 from workers.celery_hooks import malformed
@@ -102,6 +104,8 @@ class CortexChannel(kombu_redis.Channel):
         self._waiting_since_s: dict[str, float | None] = {}
         #: Monotonic seconds before which nothing is fetched.
         self._resume_at_s = 0.0
+        #: Who got the last message to many (a fanout exchange's); None while that is not known.
+        self.receivers: int | None = None
 
     @contextmanager
     def conn_or_acquire(self, client: Any = None) -> Iterator[Any]:
@@ -115,6 +119,16 @@ class CortexChannel(kombu_redis.Channel):
     def _disconnect_pools(self) -> None:
         self._commands = self._fetch_script = None
         super()._disconnect_pools()
+
+    def _put_fanout(self, exchange: str, message: Any, routing_key: str, **kwargs: Any) -> None:
+        """Stock, but that it notes how many got the message."""
+        if kwargs.get("_publish_batch") is not None:
+            super()._put_fanout(exchange, message, routing_key, **kwargs)
+            return
+        payload = dumps(message)
+        with self.conn_or_acquire() as client:
+            topics = self._get_publish_topics(exchange, routing_key)
+            self.receivers = sum(client.publish(topic, payload) for topic in topics)
 
     # --------------------------------------------------------------------------------- fetching
 

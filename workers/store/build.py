@@ -55,14 +55,19 @@ def open_store(
         for place, budget in budgets.items()
         if budget and (place == root or shared_memory.is_dir())
     ]
-    return Store(models_dir=settings.models_dir, disks=disks, l2=_l2(fleet, settings), counters=counters)
+    return Store(
+        models_dir=settings.models_dir,
+        forge_url=settings.forge,
+        disks=disks,
+        l2=_l2(fleet, settings),
+        counters=counters,
+    )
 
 
 def _l2(fleet: FleetConfig, settings: Settings) -> L2 | None:
-    tier = fleet.model_storage.l2_redis
-    if not tier.size:
+    if not fleet.weights_max_bytes:
         return None
     client = redis.Redis.from_url(
         settings.cache, socket_timeout=_TIMEOUT_S, socket_connect_timeout=settings.connect_timeout_s
     )
-    return L2(client, max_bytes=tier.size, ttl_s=tier.ttl_s)
+    return L2(client, max_bytes=fleet.weights_max_bytes, ttl_s=fleet.model_storage.l2_redis.ttl_s)

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import threading
 from collections import defaultdict
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
-from cortex_tasks.presence import StoreCard, TierCard
+from cortex_tasks.presence import BudgetCard, StoreCard, TierCard
 
 __all__ = ["Counters", "Tier"]
 
@@ -62,7 +63,14 @@ class Counters:
         with self._lock:
             self.reloads += 1
 
-    def card(self, *, memory_bytes: int, memory_limit_bytes: int, fits_bytes: int = 0) -> StoreCard:
+    def card(
+        self,
+        *,
+        memory_bytes: int,
+        memory_limit_bytes: int,
+        fits_bytes: int = 0,
+        budgets: Mapping[str, BudgetCard] | None = None,
+    ) -> StoreCard:
         with self._lock:
             tiers = {
                 name: TierCard(
@@ -78,6 +86,7 @@ class Counters:
                 memory_bytes=memory_bytes,
                 memory_limit_bytes=memory_limit_bytes,
                 fits_bytes=fits_bytes,
+                budgets=dict(budgets or {}),
                 evictions=self.evictions,
                 reloads=self.reloads,
                 disk_evictions=self.disk_evictions,

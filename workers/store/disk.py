@@ -92,7 +92,7 @@ class Disk:
     ) -> None:
         """Nothing is made before something is written; a directory that can only be read is fine."""
         self.root = root
-        self._max_bytes = max_bytes
+        self.max_bytes = max_bytes
         self._threshold = threshold
         self._clock = clock
         self._on_evicted = on_evicted
@@ -290,7 +290,7 @@ class Disk:
     def capacity_bytes(self, used_bytes: int) -> int:
         """What the store may hold: its own limit, or all that the file system has, where that is less."""
         free = shutil.disk_usage(self.root).free
-        return min(self._max_bytes, used_bytes + free)
+        return min(self.max_bytes, used_bytes + free)
 
     def make_room(self, incoming_bytes: int, what: str) -> list[Stored]:
         """Remove the longest unused revisions while the store is over the threshold with ``incoming_bytes`` more.

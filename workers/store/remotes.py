@@ -1,4 +1,5 @@
-"""Sources that are fetched: ``hub:`` (Hugging Face) and ``s3:`` (anything that speaks S3, through fsspec).
+"""Sources that are fetched: ``hub:`` (Hugging Face) and ``s3:`` (anything that speaks S3, through fsspec); ``forge:``
+has a module of its own.
 
 ``describe`` says within seconds what a source holds, ``fetch`` brings the files. Both give up on a server that says
 nothing: name resolution and some clients obey no time-out, so they run in a thread that is left behind.
@@ -63,7 +64,7 @@ def describe(source: str, revision: str | None, models_dir: Path | None) -> Remo
     if kind == "s3":
         return _s3(source, name)
     raise ModelUnavailable(
-        f"model source {source!r}: this version reads pypi:, file:, hub:, s3: and builtin: sources; "
+        f"model source {source!r}: this version reads pypi:, file:, hub:, s3:, forge: and builtin: sources; "
         "copy the model to a directory and name it as 'file:<path>'",
         {"source": source},
     )

@@ -7,7 +7,8 @@
 ``builtin:<name>``   no files: the adapter's library is the model
 ==================== ======================================================================================
 
-``s3:<bucket>/<path>`` is not on this machine until it is fetched: see ``remotes``. ``tiers`` is who asks all of them.
+``s3:<bucket>/<path>`` and ``forge:<name>`` are not on this machine until they are fetched: see ``remotes`` and
+``forge``. ``tiers`` is who asks all of them.
 
 A pinned revision is a commit, tag or branch for ``hub:`` (``<org>--<name>@<revision>`` in ``models_dir``), and
 the beginning of the snapshot's digest (at least 8 hex digits) for ``pypi:`` and ``file:``.

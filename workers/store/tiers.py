@@ -26,7 +26,7 @@ from typing import Final
 import redis
 
 from cortex_tasks.errors import ModelUnavailable
-from workers.store import remotes
+from workers.store import forge, remotes
 from workers.store.counters import Counters, Tier
 from workers.store.disk import Disk, Held
 from workers.store.l2 import L2, Corrupt
@@ -77,6 +77,7 @@ class Store:
         self,
         *,
         models_dir: Path | None = None,
+        forge_url: str | None = None,
         disks: Sequence[Disk] = (),
         l2: L2 | None = None,
         counters: Counters | None = None,
@@ -84,11 +85,12 @@ class Store:
         clock: Callable[[], float] = time.monotonic,
         background: Callable[[Callable[[], None]], None] | None = None,
     ) -> None:
-        """``disks``: the first that can be written takes what is fetched; without any, the hub's own cache does."""
+        """``disks``: the first that can be written takes what is fetched; without any, the hub's own cache does.
+        ``forge_url``: Forge's registry, see ``forge``."""
         self.disks = tuple(disks)
         self.l2 = l2
         self.counters = counters or Counters()
-        self._models_dir = models_dir
+        self._models_dir, self._forge_url = models_dir, forge_url
         self._wait_s = wait_s
         self._clock = clock
         self._background = background or self._start
@@ -230,7 +232,7 @@ class Store:
 
     def _from_origin(self, disk: Disk, partial: Path, wanted: _Wanted) -> Held:
         try:
-            remote = remotes.describe(wanted.source, wanted.revision, self._models_dir)
+            remote = self._describe(wanted)
             total = remote.size_bytes
             disk.make_room(total, f"model source {wanted.source!r}")
             fresh = partial / "origin"
@@ -247,6 +249,11 @@ class Store:
         held = disk.publish(fresh, entries, wanted.source, wanted.key)
         self._share(held.digest, held.path, wanted.key, wanted.share, held)
         return held
+
+    def _describe(self, wanted: _Wanted) -> remotes.Remote:
+        if wanted.source.startswith("forge:"):
+            return forge.describe(self._forge_url, wanted.source, wanted.revision)
+        return remotes.describe(wanted.source, wanted.revision, self._models_dir)
 
     def _checked(self, remote: remotes.Remote, fresh: Path, wanted: _Wanted) -> tuple[FileEntry, ...]:
         """The manifest of what came. Raises ModelUnavailable when it is not what the source promised."""

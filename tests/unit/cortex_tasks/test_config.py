@@ -416,3 +416,20 @@ def test_what_answers_for_nothing_is_not_cached_unless_asked_for(adapter: str, c
     model = {"source": "builtin:echo", "tasks": ["embed"], "queue": "q", "images": ["i"]}
     given = {**model, "adapter": adapter, "backend": "native" if adapter == "echo" else "torch", "cache": choice}
     assert ModelConfig.model_validate(given).cached is cached
+
+
+@pytest.mark.parametrize(
+    ("whole", "part", "answers", "weights"),
+    [(10**10, None, 5 * 10**9, 5 * 10**9), (10**10, 10**9, 10**9, 9 * 10**9), (9, 10, 9, 0), (0, None, 0, 0)],
+)
+def test_answers_and_weights_share_the_room_in_redis(whole: int, part: int | None, answers: int, weights: int) -> None:
+    fleet = load_fleet()
+    storage = fleet.model_storage
+    tier = storage.l2_redis.model_copy(update={"size": whole})
+    given = fleet.model_copy(
+        update={
+            "cache": fleet.cache.model_copy(update={"max_size": part}),
+            "model_storage": storage.model_copy(update={"l2_redis": tier}),
+        }
+    )
+    assert (given.answers_max_bytes, given.weights_max_bytes) == (answers, weights)

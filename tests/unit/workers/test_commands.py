@@ -159,3 +159,23 @@ def test_an_unknown_model_names_the_nearest(cortex: Callable[..., Result]) -> No
     result = cortex("pull", "modle")
     assert result.exit_code == 2
     assert "did you mean 'model'" in result.stderr
+
+
+def test_a_trained_model_is_published_to_the_registry(
+    cortex: Callable[..., Result], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trained = tmp_path / "trained"
+    trained.mkdir()
+    for name, content in FILES.items():
+        (trained / name).write_bytes(content)
+    result = cortex("publish", "name", str(trained))
+    assert result.exit_code != 0
+    assert "CORTEX_FORGE_URL" in result.stderr
+    monkeypatch.setenv("CORTEX_FORGE_URL", (tmp_path / "registry").as_uri())
+    result = cortex("publish", "name", str(trained))
+    assert result.exit_code == 0, result.stderr
+    assert "is current" in result.stdout
+    monkeypatch.setenv("CORTEX_FORGE_URL", "file:///proc/registry")
+    result = cortex("publish", "name", str(trained))
+    assert result.exit_code != 0
+    assert "the registry cannot be written" in result.stderr

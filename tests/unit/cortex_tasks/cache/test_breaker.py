@@ -6,7 +6,7 @@ import logging
 
 import pytest
 
-from cortex_tasks.cache.breaker import LONGEST_PAUSE_S, Breaker
+from cortex_tasks.cache.breaker import LONGEST_PAUSE_S, TELL_EVERY_S, Breaker
 
 
 class Clock:
@@ -55,3 +55,32 @@ def test_one_line_says_that_it_fails_and_one_that_it_is_back(caplog: pytest.LogC
         breaker.succeeded()
     assert [record.message.split(" ")[4:6] for record in caplog.records] == [["is", "skipped"], ["answers", "again"]]
     assert breaker.failures == 5
+
+
+def test_a_cache_that_comes_and_goes_is_not_spoken_of_each_time(caplog: pytest.LogCaptureFixture) -> None:
+    clock = Clock()
+    breaker = Breaker("redis", clock)
+    with caplog.at_level(logging.WARNING):
+        for _ in range(4):
+            breaker.failed(OSError("slow"))
+            breaker.succeeded()
+        assert len(caplog.records) == 2
+        clock.now_s += TELL_EVERY_S
+        breaker.failed(OSError("slow"))
+    assert len(caplog.records) == 3
+    assert "and 3 times since this was last said" in caplog.text
+    assert breaker.failures == 5
+
+
+def test_an_outage_that_outlasts_a_quiet_failure_is_told(caplog: pytest.LogCaptureFixture) -> None:
+    clock = Clock()
+    breaker = Breaker("redis", clock)
+    breaker.failed(OSError("slow"))
+    breaker.succeeded()
+    breaker.failed(OSError("down"))
+    caplog.clear()
+    with caplog.at_level(logging.WARNING):
+        for _ in range(20):
+            clock.now_s += LONGEST_PAUSE_S
+            breaker.failed(OSError("down"))
+    assert [record.message.split(" ")[4:6] for record in caplog.records] == [["is", "skipped"]]

@@ -1,12 +1,20 @@
-"""Task events leave once a turn of the hub, not every 24."""
+"""Task events leave once a turn of the hub, not every 24, and not at all while nobody listens."""
 
 from __future__ import annotations
 
+import json
+from base64 import b64decode
+from collections.abc import Iterator
 from typing import Any
 
+import pytest
+import redis
 from celery import Celery
+from kombu import Connection
 
+from tests.support.redis_server import RedisServer
 from workers.celery_hooks.events import TurnDispatcher
+from workers.celery_hooks.transport import register_transport
 
 
 def test_events_wait_for_the_end_of_the_turn() -> None:
@@ -30,3 +38,113 @@ def test_a_message_of_events_stays_bounded() -> None:
     app = Celery("t", set_as_current=False, broker="memory://")
     dispatcher = TurnDispatcher(None, hostname="h", app=app, enabled=False, buffer_limit=24)
     assert dispatcher.buffer_limit == 1_000
+
+
+class Bench:
+    """A dispatcher at a real Redis, and a monitor that comes and goes."""
+
+    def __init__(self, url: str, transport: str | None = None) -> None:
+        app = Celery("t", set_as_current=False, broker=url)
+        self.turns = 0
+        self.connection = Connection(url, transport=transport or register_transport())
+        self.dispatcher = TurnDispatcher(
+            self.connection, hostname="h", app=app, enabled=True, buffer_group={"task"}, on_send_buffered=self._buffered
+        )
+        self.redis = redis.Redis.from_url(url)
+        self.monitor: Any = None
+
+    def _buffered(self) -> None:
+        self.turns += 1
+
+    def listen(self) -> None:
+        self.monitor = self.redis.pubsub()
+        self.monitor.psubscribe("/0.celeryev/*")
+        while self.monitor.get_message(timeout=5) is None:
+            pass
+
+    def turn(self, *names: str) -> list[str]:
+        """Tell of as many jobs and end the turn; what the monitor got of it."""
+        for name in names:
+            self.dispatcher.send("task-received", uuid=name)
+        self.dispatcher.flush()
+        heard = []
+        while self.monitor is not None and (message := self.monitor.get_message(timeout=0.2)):
+            heard += [event["uuid"] for event in json.loads(b64decode(json.loads(message["data"])["body"]))]
+        return heard
+
+    def close(self) -> None:
+        self.redis.close()
+        self.connection.release()
+
+
+@pytest.fixture
+def bench(redis_url: str) -> Iterator[Bench]:
+    bench = Bench(redis_url)
+    yield bench
+    bench.close()
+
+
+def published(bench: Bench) -> int:
+    stats = bench.redis.info("commandstats")
+    return int(stats["cmdstat_publish"]["calls"]) if "cmdstat_publish" in stats else 0
+
+
+def test_while_nobody_listens_a_turn_asks_once_and_tells_nothing(bench: Bench) -> None:
+    bench.turn("first")
+    before = published(bench)
+    assert bench.dispatcher._group_buffer["task"] == []
+    for _ in range(3):
+        bench.turn(*(str(n) for n in range(100)))
+    assert published(bench) - before == 3
+    assert bench.dispatcher.clock.value < 100, "no event was made"
+
+
+def test_a_monitor_hears_of_the_very_next_event(bench: Bench) -> None:
+    bench.turn("first")
+    bench.turn("second")
+    bench.listen()
+    assert bench.turn("third", "fourth") == ["third", "fourth"]
+    assert bench.turn("fifth") == ["fifth"]
+    bench.monitor.close()
+    bench.monitor = None
+    bench.turn("sixth")
+    bench.turn("seventh")
+    bench.listen()
+    assert bench.turn("eighth") == ["eighth"]
+
+
+def test_the_workers_own_events_are_sent_whoever_listens(bench: Bench) -> None:
+    bench.turn("first")
+    before = published(bench)
+    bench.dispatcher.send("worker-heartbeat", active=0)
+    assert published(bench) - before == 1
+
+
+def test_without_a_hub_every_event_goes_out(bench: Bench) -> None:
+    bench.dispatcher.on_send_buffered = None
+    before = published(bench)
+    for _ in range(3):
+        bench.turn("one")
+    assert published(bench) - before == 3
+
+
+def test_a_transport_that_does_not_count_receivers_gets_every_event(redis_url: str) -> None:
+    stock = Bench(redis_url, transport="redis")
+    before = published(stock)
+    for _ in range(3):
+        stock.turn("one")
+    assert published(stock) - before == 3
+    stock.close()
+
+
+def test_while_redis_is_away_events_are_kept_and_the_question_is_not(tmp_path: Any) -> None:
+    with RedisServer(directory=tmp_path) as server:
+        bench = Bench(server.url)
+        bench.turn("first")
+        assert not bench.dispatcher._heard
+        server.kill()
+        bench.dispatcher.send("task-received", uuid="kept")
+        bench.dispatcher.flush()
+        kept = [event for event, _ in bench.dispatcher._outbound_buffer]
+        assert [[one["uuid"] for one in event] for event in kept] == [["kept"]]
+        bench.close()
