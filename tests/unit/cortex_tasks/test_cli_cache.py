@@ -81,7 +81,7 @@ def test_stats_say_what_was_spared(redis_url: str, raw: Any) -> None:
 def test_stats_for_people(redis_url: str, raw: Any) -> None:
     count_up(raw)
     lines = cortex(redis_url, "stats").output.splitlines()
-    assert lines[0].startswith("0 answers, 0.0 MB of 10,000 MB")
+    assert lines[0].startswith("0 answers, 0.0 MB of 5,000 MB")
     [row] = [line.split() for line in lines if line.startswith("minilm")]
     assert row == ["minilm", "abc", "100", "30.0%", "20.0%", "5", "45", "12", "55", "-"]
 
