@@ -3,8 +3,8 @@
 ``Book`` knows which answers are awaited, what to fetch and when; it does no IO and reads no clock. ``Replies``
 drives it with a thread, ``AsyncReplies`` with a task. A worker announces the jobs that it finished together in one
 message, which carries their results unless they are long; those are fetched in one round trip. An announcement may be
-lost, and a stock worker makes none: so keys are polled as well, first soon, then at growing intervals, and at once
-after a reconnect.
+lost, and a stock worker makes none: so keys are polled as well, first soon, then at growing intervals, and all of them
+at once after a reconnect.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from weakref import WeakValueDictionary
 
 from cortex_tasks import codec
 from cortex_tasks.errors import BrokerUnavailable, CortexError, ModelError, ResultLost
+from cortex_tasks.polling import LOOK_KEYS, Round
 from cortex_tasks.results import FINAL_STATES
 from cortex_tasks.wire import AsyncWire, Wire
 
@@ -119,6 +120,8 @@ class Book:
         self._awaited: WeakValueDictionary[str, Ticket] = WeakValueDictionary()
         #: Announced, but not found when fetched: lost, if the next look does not find them either.
         self._missing: set[str] = set()
+        self._round = Round()
+        self._sweeps = False
         self._pause_s = FIRST_POLL_S
         self._next_poll = _NEVER
         self._last_poll = 0.0
@@ -140,7 +143,7 @@ class Book:
 
     def poll_now(self) -> None:
         """Announcements may have been missed: look for every answer at once."""
-        self._next_poll = 0.0
+        self._next_poll, self._sweeps = 0.0, True
 
     def heard(self, jobs: Iterable[codec.Heard], now: float) -> list[str]:
         """Take the results that announcements carried; returns which of the announced jobs to fetch."""
@@ -156,8 +159,12 @@ class Book:
         """The jobs to poll for, if it is time to."""
         if now < self._next_poll:
             return []
-        ids = list(self._awaited.keys())
-        self._missing.intersection_update(ids)
+        if self._sweeps:
+            ids = list(self._awaited.keys())
+        else:
+            self._missing = {job_id for job_id in self._missing if job_id in self._awaited}
+            ids = list(dict.fromkeys([*self._missing, *self._round.pick(self._awaited.keys(), len(self._awaited))]))
+        self._sweeps = False
         self._last_poll = now
         self._pause_s = min(self._pause_s * 2, LONGEST_POLL_S)
         self._next_poll = now + self._pause_s if ids else _NEVER
@@ -169,6 +176,7 @@ class Book:
 
     def received(self, job_ids: Sequence[str], raws: Sequence[bytes | None], now: float, *, announced: bool) -> None:
         """What a fetch found."""
+        before = len(self._awaited)
         for job_id, raw in zip(job_ids, raws, strict=True):
             ticket = self._awaited.get(job_id)
             if ticket is None:
@@ -180,6 +188,9 @@ class Book:
                 ticket.settle(outcome)
         if announced:
             self._soon(now)
+        elif before > LOOK_KEYS and len(self._awaited) < before:
+            # Nobody announced these: there are more where they came from.
+            self._next_poll = now
 
     def _soon(self, now: float) -> None:
         # While announcements arrive nothing needs polling, but one of them may still have been lost.

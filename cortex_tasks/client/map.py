@@ -35,6 +35,9 @@ _CHUNK: Final = {InputKind.TEXT: 64, InputKind.SERIES: 4}
 _WINDOW: Final = 64
 #: A slow source is not waited for longer than this before what it gave is published.
 _LINGER_S: Final = 0.05
+#: Within so long the first chunk is mostly there. What else is answered, which takes a look at every chunk, is counted
+#: only for longer waits.
+_BRIEF_S: Final = 0.25
 
 K = TypeVar("K", bound=Ticket)
 
@@ -231,7 +234,7 @@ def _publish(client: Cortex, flow: Window[ThreadTicket]) -> None:
 
 def _await_first(client: Cortex, flow: Window[ThreadTicket], ticket: ThreadTicket) -> None:
     """Wait for the first chunk for as long as any chunk is answered meanwhile."""
-    if ticket.outcome is not None:
+    if ticket.outcome is not None or (flow.plan.timeout_s > _BRIEF_S and ticket.wait(_BRIEF_S)):
         return
     answered = flow.answered()
     while not ticket.wait(flow.plan.timeout_s):
@@ -329,13 +332,17 @@ async def _something(client: AsyncCortex, flow: Window[LoopTicket], inlet: _Inle
     if not first.sent:
         await asyncio.sleep(max(0.0, flow.retry_at - flow.clock()))
         return
+    if flow.plan.timeout_s > _BRIEF_S and await _moved(flow, first.ticket, inlet, _BRIEF_S):
+        return
     answered = flow.answered()
-    if flow.wants():
-        moved = await _either(first.ticket, inlet.ready, flow.plan.timeout_s)
-    else:
-        moved = await first.ticket.wait(flow.plan.timeout_s)
-    if not moved and flow.answered() == answered:
+    if not await _moved(flow, first.ticket, inlet, flow.plan.timeout_s) and flow.answered() == answered:
         raise await client._link().why_late(flow.plan, flow.plan.timeout_s)
+
+
+async def _moved(flow: Window[LoopTicket], ticket: LoopTicket, inlet: _Inlet, timeout_s: float) -> bool:
+    if flow.wants():
+        return await _either(ticket, inlet.ready, timeout_s)
+    return await ticket.wait(timeout_s)
 
 
 async def _either(ticket: LoopTicket, ready: asyncio.Event, timeout_s: float) -> bool:

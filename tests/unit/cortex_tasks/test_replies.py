@@ -13,6 +13,7 @@ import pytest
 from cortex_tasks import codec
 from cortex_tasks.codec import Heard
 from cortex_tasks.errors import BrokerUnavailable, ModelError, ResultLost
+from cortex_tasks.polling import LOOK_KEYS
 from cortex_tasks.replies import (
     FETCH_KEYS,
     FIRST_POLL_S,
@@ -101,6 +102,38 @@ def test_after_a_reconnect_everything_is_looked_for_at_once() -> None:
     assert book.due(200.0) == []
     book.poll_now()
     assert sorted(book.due(200.0)) == ["a", "b"]
+
+
+def test_of_thousands_a_look_takes_a_part_and_what_was_announced_in_vain() -> None:
+    ids = [str(number) for number in range(20 * LOOK_KEYS)]
+    book, _tickets = book_of(*ids)
+    book.received([ids[-1]], [None], 100.0, announced=True)
+    now, seen = 100.0, set[str]()
+    for _ in range(40):
+        now += LONGEST_POLL_S
+        due = book.due(now)
+        assert LOOK_KEYS <= len(due) <= LOOK_KEYS + 1
+        assert due[0] == ids[-1]
+        assert due[1] == ids[0], "who waits longest is looked for each time"
+        book.received(due[1:], [None] * len(due[1:]), now, announced=False)
+        seen |= set(due)
+    assert len(seen) == len(ids), "everybody has a turn"
+    book.poll_now()
+    assert len(book.due(now)) == len(ids)
+
+
+def test_while_looks_find_what_nobody_announced_the_next_one_comes_at_once() -> None:
+    """As with a stock worker, which announces nothing."""
+    ids = [str(number) for number in range(10 * LOOK_KEYS)]
+    book, tickets = book_of(*ids)
+    done, now = set(ids[: 3 * LOOK_KEYS]), 101.0
+    looks = 0
+    while due := book.due(now):
+        looks += 1
+        book.received(due, [DONE if job_id in done else None for job_id in due], now, announced=False)
+    assert all(tickets[job_id].outcome for job_id in done)
+    assert 3 <= looks <= 8
+    assert book.wait_s(now) > 0
 
 
 def test_an_answer_announced_but_gone_is_lost_after_a_second_look() -> None:
