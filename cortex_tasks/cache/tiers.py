@@ -26,6 +26,8 @@ LOOK_TIMEOUT_S: Final = 0.02
 BULK_TIMEOUT_S: Final = 0.1
 _BULK_KEYS: Final = 64
 CONNECT_TIMEOUT_S: Final = 0.05
+#: What else the event loop does meanwhile counts as well: a full garbage collection alone takes over 50 ms.
+ASYNC_CONNECT_TIMEOUT_S: Final = 0.2
 _CONNECTIONS: Final = 16
 
 Found = list[Result | None]
@@ -117,6 +119,7 @@ class AsyncCache:
 
         def connect(timeout_s: float) -> Any:
             options = cache_options(Retry(NoBackoff(), 0), timeout_s)
+            options["socket_connect_timeout"] = ASYNC_CONNECT_TIMEOUT_S
             return Redis.from_pool(
                 BlockingConnectionPool.from_url(settings.cache, **options, max_connections=_CONNECTIONS, timeout=None)
             )
