@@ -7,10 +7,10 @@ INSTALLED := $(VENV)/.installed
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help demo up test bench check format clean distclean
+.PHONY: help demo up test bench check format deploy-files lock images-test clean distclean
 
 help: ## show this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 $(INSTALLED): pyproject.toml tools/install.sh
 	@tools/install.sh $(VENV)
@@ -31,15 +31,26 @@ test: $(INSTALLED) ## run the whole test suite
 bench: $(INSTALLED) ## measure the speed, renew the README's table and the plot (8 minutes)
 	@$(BIN)/python -m benchmarks
 
-check: $(INSTALLED) ## formatting, lint, types, import contracts
+check: $(INSTALLED) ## formatting, lint, types, import contracts, Dockerfile, compose file
 	@$(BIN)/ruff format --check .
 	@$(BIN)/ruff check .
 	@$(BIN)/mypy
 	@PYTHONPATH=. $(BIN)/lint-imports
+	@$(BIN)/hadolint docker/Dockerfile
+	@tools/check-compose.sh
 
 format: $(INSTALLED) ## format the code
 	@$(BIN)/ruff format .
 	@$(BIN)/ruff check --fix .
+
+deploy-files: $(INSTALLED) ## make the files of deployments from queues.yaml
+	@$(BIN)/python -m deploy.generate
+
+lock: $(INSTALLED) ## resolve the images' packages anew; UPGRADE=1 takes the newest
+	@PATH="$(CURDIR)/$(BIN):$$PATH" tools/lock.sh
+
+images-test: $(INSTALLED) ## build the images and run them (20 minutes the first time)
+	@$(BIN)/python -m pytest -rP tests/images $(ARGS)
 
 clean: ## remove caches and build products
 	@rm -rf build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache

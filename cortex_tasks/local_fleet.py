@@ -67,7 +67,9 @@ class LocalFleet:
         self.flower_url = f"http://127.0.0.1:{free_port()}"
         self._env.update(CORTEX_BROKER_URL=self.url, CORTEX_FLOWER_PORT=self.flower_url.rpartition(":")[2])
         # Nothing of the caller's shell may send answers or cached values to another Redis.
-        for name in ("CORTEX_RESULT_URL", "CORTEX_CACHE_URL", "CORTEX_IMAGE"):
+        urls = ("CORTEX_RESULT_URL", "CORTEX_CACHE_URL")
+        passwords = (f"CORTEX_{role}_PASSWORD_FILE" for role in ("BROKER", "RESULT", "CACHE"))
+        for name in (*urls, *passwords, "CORTEX_IMAGE"):
             if name not in (env or {}):
                 self._env.pop(name, None)
         self._logs = tempfile.TemporaryDirectory(prefix="cortex-fleet-", ignore_cleanup_errors=True)

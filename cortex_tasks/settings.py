@@ -7,7 +7,7 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Final, Literal
-from urllib.parse import parse_qs, urlsplit, urlunsplit
+from urllib.parse import parse_qs, quote, urlsplit, urlunsplit
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, SecretStr, ValidationError
 
@@ -71,6 +71,23 @@ def _redis_url(value: SecretStr) -> SecretStr:
     return value
 
 
+def _read_secret(variable: str, file: Path) -> str:
+    try:
+        password = file.read_text(encoding="utf-8").strip()
+    except (OSError, ValueError) as error:
+        # A UnicodeDecodeError would show a byte of the secret.
+        raise ConfigError(f"{variable}: cannot read {file}: {getattr(error, 'strerror', None) or 'not text'}") from None
+    if not password:
+        raise ConfigError(f"{variable}: {file} is empty")
+    return password
+
+
+def _with_password(url: SecretStr, password: str) -> SecretStr:
+    parts = urlsplit(url.get_secret_value())
+    user, _, host = parts.netloc.rpartition("@")
+    return SecretStr(urlunsplit(parts._replace(netloc=f"{user.rstrip(':')}:{quote(password, safe='')}@{host}")))
+
+
 RedisUrl = Annotated[SecretStr, AfterValidator(_redis_url)]
 
 
@@ -84,6 +101,10 @@ class Settings(BaseModel):
     result_url: RedisUrl | None = None
     #: The result cache; None: where answers are kept.
     cache_url: RedisUrl | None = None
+    #: Files that hold the passwords of these URLs, where the URLs have none.
+    broker_password_file: Path | None = None
+    result_password_file: Path | None = None
+    cache_password_file: Path | None = None
     queues_file: Path | None = None
     #: The image this worker runs as; None: deduced from its queues.
     image: str | None = None
@@ -98,6 +119,8 @@ class Settings(BaseModel):
     transport: Literal["cortex", "stock"] = "cortex"
     backend: Literal["cortex", "stock"] = "cortex"
     tracer: Literal["cortex", "stock"] = "cortex"
+    #: How long a warm shutdown goes on with jobs that have started.
+    stop_grace_s: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 20.0
 
     @classmethod
     def from_env(cls, environ: Mapping[str, str] | None = None) -> Settings:
@@ -108,10 +131,25 @@ class Settings(BaseModel):
         env = os.environ if environ is None else environ
         given = {name: text for name in cls.model_fields if (text := env.get(f"CORTEX_{name.upper()}"))}
         try:
-            return cls.model_validate(given)
+            return cls.model_validate(given)._with_passwords()
         except ValidationError as error:
             lines = [f"CORTEX_{str(e['loc'][0]).upper()}: {reason(e)}" for e in error.errors(include_url=False)]
         raise ConfigError("\n".join(lines))
+
+    def _with_passwords(self) -> Settings:
+        """The URLs completed from the password files. Raises ConfigError, which names the variable and its file."""
+        complete: dict[str, SecretStr] = {}
+        for name in ("broker", "result", "cache"):
+            url, file = getattr(self, f"{name}_url"), getattr(self, f"{name}_password_file")
+            if file is None:
+                continue
+            variable = f"CORTEX_{name.upper()}_PASSWORD_FILE"
+            if url is None:
+                raise ConfigError(f"{variable}: needs CORTEX_{name.upper()}_URL")
+            password = _read_secret(variable, file)
+            if urlsplit(url.get_secret_value()).password is None:
+                complete[f"{name}_url"] = _with_password(url, password)
+        return self.model_copy(update=complete)
 
     @property
     def results(self) -> str:

@@ -72,5 +72,5 @@ fi
 install_torch
 say "installing Cortex and what it needs (a minute or two)"
 echo "$torch" >"$venv/constraints.txt"
-pip_install --constraint "$venv/constraints.txt" --editable '.[all,test,check]'
+pip_install --constraint "$venv/constraints.txt" --editable '.[all,test,check,manifests]'
 say "$venv is ready"

@@ -25,21 +25,32 @@ from cortex_tasks.cache.popular import Kind, Sampler
 from cortex_tasks.cache.tiers import BULK_TIMEOUT_S, cache_options
 from cortex_tasks.catalog import nearest
 from cortex_tasks.codec import HEADER
-from cortex_tasks.config import Delivery, FleetConfig, Settings, load_fleet, mask_url
+from cortex_tasks.config import Delivery, FleetConfig, ImageConfig, Settings, load_fleet, mask_url
 from cortex_tasks.errors import CortexError
 from workers.admission import Events
 from workers.celery_hooks.backend import BatchedRedisBackend
 from workers.celery_hooks.leases import LeaseKeeper
 from workers.celery_hooks.transport import register_transport
+from workers.cgroup import read_limits
 from workers.dead_letters import DeadLetters
 from workers.desk import CacheDesk
 from workers.flights import FlightTower
 from workers.health import Health
 from workers.herald import Herald
 from workers.registry import Registry
-from workers.resources import calm_openmp, device, keep_memory, spare_garbage, threads_for
+from workers.resources import (
+    available_cpus,
+    available_memory,
+    calm_openmp,
+    device,
+    keep_memory,
+    limit_threads,
+    spare_garbage,
+    threads_for,
+)
 from workers.runner import Runner
 from workers.runtime import Job, answer, run_alone
+from workers.sizing import allowed_memory, describe, fitted
 from workers.store.build import open_store
 from workers.tasks import register_tasks, to_job
 from workers.warming import Gate, Warmer
@@ -134,17 +145,35 @@ class Wiring:
         with self._registry_lock:
             if self._registry is None:
                 queues = set(self.queues)
+                image = self.fleet.images.get(self.image)
+                aliases = [alias for alias, model in self.fleet.models.items() if model.queue in queues]
+                fleet, threads = self._within_limits(aliases, image)
                 self._registry = Registry(
-                    self.fleet,
-                    [alias for alias, model in self.fleet.models.items() if model.queue in queues],
-                    threads=threads_for(self.fleet.images.get(self.image)),
+                    fleet,
+                    aliases,
+                    threads=threads,
                     device=device(),
                     models_dir=self.settings.models_dir,
                     cache_dir=self.settings.cache_dir,
-                    store=open_store(self.fleet, self.settings, self.fleet.images.get(self.image)),
+                    store=open_store(fleet, self.settings, image),
                     clock=time.monotonic,
                 )
             return self._registry
+
+    def _within_limits(self, aliases: Sequence[str], image: ImageConfig | None) -> tuple[FleetConfig, int]:
+        """The fleet with the memory that this worker has, and its compute threads; says what was found and set."""
+        limits = read_limits()
+        threads = threads_for(image, limits)
+        memory_bytes = allowed_memory(available_memory(limits), image)
+        fleet = fitted(self.fleet, memory_bytes, children=sum(self.fleet.models[name].children for name in aliases))
+        cut = fleet is not self.fleet
+        logger.log(
+            logging.WARNING if cut else logging.INFO,
+            "%.1f CPUs and %s MB of memory (cgroup: %s; image: %s): %d threads; %s%s",
+            available_cpus(limits), f"{memory_bytes / 1e6:,.0f}", limits, self.image, threads,
+            describe(fleet.memory_config), ", less than queues.yaml says" if cut else "",
+        )  # fmt: skip
+        return fleet, threads
 
     def start(self, events: Events) -> None:
         """Load the pinned models, side by side, and start the threads. Returns when all are warm or known to fail."""
@@ -152,7 +181,7 @@ class Wiring:
         self._desk = self._new_desk(Gate(events) if self.fleet.cache_warming is not None else events)
         self._warmer = self._new_warmer(self._desk, events)
         self._events = self._desk
-        self._local = Runner("local", registry, self._events)
+        self._local = self._new_runner("local")
         self._runners = {alias: self._runner_for(alias) for alias in registry.models}
         self.health = Health(
             node=self.node,
@@ -163,6 +192,8 @@ class Wiring:
             runners=self._all_runners,
             in_flight=getattr(events, "in_flight", dict),
             connect=self.connect,
+            settled=lambda: getattr(events, "settled", 0),
+            held_up=getattr(events, "waits_for_redis", bool),
         )
         self.health.start()
         pinned = [alias for alias, model in registry.models.items() if model.config.load == "pinned"]
@@ -205,7 +236,10 @@ class Wiring:
 
     def _runner_for(self, alias: str) -> Runner:
         hosted = self.registry.model(alias).config.children > 0
-        return Runner(alias, self.registry, self._events) if hosted else self._local
+        return self._new_runner(alias) if hosted else self._local
+
+    def _new_runner(self, name: str) -> Runner:
+        return Runner(name, self.registry, self._events, stop_grace_s=self.settings.stop_grace_s)
 
     def _all_runners(self) -> list[Runner]:
         return list(dict.fromkeys(list(self._runners.values())))
@@ -295,9 +329,10 @@ def _configure_worker(
         if name not in instance.app.amqp.queues:
             # Celery's own answer is a traceback. (A signal's receiver may end the process, but not raise errors.)
             raise SystemExit(f"cortex: no model of queues.yaml uses queue {name!r}{nearest(name, wiring.fleet.queues)}")
+    image = wiring.settings.image or image_of(wiring.fleet, queues)
+    limit_threads(threads_for(wiring.fleet.images.get(image)))
     if sender and sender.startswith("celery@"):
         # Two workers on a host need two names, and no flag should be needed for that.
-        image = wiring.settings.image or image_of(wiring.fleet, queues)
         instance.hostname = f"{image}.{os.getpid()}@{sender.partition('@')[2]}"
         trace.setup_worker_optimizations(instance.app, instance.hostname)
     wiring.node = instance.hostname

@@ -1,17 +1,22 @@
-"""The worker's card in Redis, kept fresh, and the watchdog that ends a process whose model hangs."""
+"""The worker's card in Redis and its heartbeat in a file, kept fresh, and the watchdog that ends a process whose model
+hangs."""
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, Final, Literal
 
 from cortex_tasks.codec import PRIORITY_STEPS, queue_key
 from cortex_tasks.presence import PRESENCE_TTL_S, WORKERS_KEY, WorkerCard, worker_key
+from workers import heartbeat
+from workers.heartbeat import Beat, Progress
 from workers.registry import Registry
 from workers.runner import Runner
 from workers.shares import Shares
@@ -24,6 +29,8 @@ logger = logging.getLogger(__name__)
 HUNG_EXIT_CODE: Final = 70
 _INTERVAL_S: Final = 2.0
 _RATE_WINDOW_S: Final = 10.0
+#: A Redis that took no card for so long is away.
+_ANSWERS_S: Final = 3 * _INTERVAL_S
 
 
 class RateMeter:
@@ -43,7 +50,12 @@ class RateMeter:
 
 
 class Health(threading.Thread):
-    """Writes the card every ``_INTERVAL_S`` and looks whether each runner still makes progress."""
+    """Writes the card every ``_INTERVAL_S``. A thread beside it leaves the heartbeat and looks whether each runner
+    still makes progress: a Redis that is away, or whose name is not found, may hold up the card for minutes.
+
+    ``settled``: how many jobs have left the worker so far. ``held_up``: whether answers wait for a Redis that is away.
+    ``beats_in``: the directory of heartbeats.
+    """
 
     def __init__(
         self,
@@ -56,6 +68,9 @@ class Health(threading.Thread):
         runners: Callable[[], Sequence[Runner]],
         in_flight: Callable[[], dict[str, int]],
         connect: Callable[[], Any],
+        settled: Callable[[], int] = lambda: 0,
+        held_up: Callable[[], bool] = lambda: False,
+        beats_in: Path | None = None,
         exit_process: Callable[[int], Any] = os._exit,
     ) -> None:
         super().__init__(name="health", daemon=True)
@@ -68,6 +83,15 @@ class Health(threading.Thread):
         self._runners = runners
         self._in_flight = in_flight
         self._connect = connect
+        self._settled = settled
+        self._held_up = held_up
+        self._beats_in = beats_in or heartbeat.directory()
+        self._born_ticks = heartbeat.born_ticks(os.getpid()) or 0
+        self._progress = Progress()
+        self._answered_at_s = float("-inf")
+        self._pulse = threading.Thread(target=self._beat_on, name="heartbeat", daemon=True)
+        self._beat_now = threading.Event()
+        self._told_unwritable = False
         self._exit_process = exit_process
         self._client: Any = None
         self._rate = RateMeter()
@@ -78,28 +102,44 @@ class Health(threading.Thread):
         #: Inputs and jobs that failed; counted by the pool.
         self.errors = 0
 
+    def start(self) -> None:
+        super().start()
+        self._pulse.start()
+
     def run(self) -> None:
         while not self._ended:
-            self.check_progress(time.monotonic())
             self._registry.memory.let_idle_go()
             try:
                 self.publish()
+                self._answered_at_s = time.monotonic()
             except Exception as error:
                 self._client = None
                 logger.debug("the worker's card could not be written: %s", type(error).__name__)
             self._wake.wait(_INTERVAL_S)
             self._wake.clear()
 
+    def _beat_on(self) -> None:
+        while not self._ended:
+            self.check_progress(time.monotonic())
+            self._leave_beat()
+            self._beat_now.wait(_INTERVAL_S)
+            self._beat_now.clear()
+
     def announce(self, state: Literal["starting", "ready", "stopping"]) -> None:
         """Change the state and say so at once."""
         self.state = state
         self._wake.set()
+        self._beat_now.set()
 
     def stop(self) -> None:
-        """End the thread and take the card away."""
+        """End the thread and take the card and the heartbeat away."""
         self._ended = True
         self._wake.set()
+        self._beat_now.set()
         self.join(5.0)
+        self._pulse.join(5.0)
+        with contextlib.suppress(OSError):
+            heartbeat.erase(os.getpid(), self._beats_in)
         try:
             client = self._client or self._connect()
             client.delete(worker_key(self._node))
@@ -149,6 +189,39 @@ class Health(threading.Thread):
         self._registry.note_depths(
             {queue: sum(lengths[at * steps : (at + 1) * steps]) for at, queue in enumerate(card.queues)}
         )
+
+    def beat(self, now_s: float) -> Beat:
+        """What a probe on this machine gets to read. ``now_s``: monotonic seconds."""
+        models = list(self._registry.models.values())
+        mark = (self._settled(), sum(model.batches for model in models))
+        # A pass ends by itself or by the watchdog, and so does a load by its time-outs; what cannot be told to Redis
+        # cannot be finished.
+        excused = (
+            now_s - self._answered_at_s > _ANSWERS_S
+            or self._held_up()
+            or any(runner.running is not None for runner in self._runners())
+            or any(model.state == "loading" for model in models)
+        )
+        return Beat(
+            pid=os.getpid(),
+            born_ticks=self._born_ticks,
+            node=self._node,
+            state=self.state,
+            beat_at_s=now_s,
+            pinned={model.alias: model.state for model in models if model.config.load == "pinned"},
+            stalled_s=round(
+                self._progress.update(now_s, mark, busy=not excused and any(self._in_flight().values())), 1
+            ),
+        )
+
+    def _leave_beat(self) -> None:
+        try:
+            heartbeat.write(self.beat(time.monotonic()), self._beats_in)
+        except OSError as error:
+            if not self._told_unwritable:
+                logger.warning("no heartbeat can be left in %s: %s; `python -m workers.probe` will find none",
+                               self._beats_in, error)  # fmt: skip
+            self._told_unwritable = True
 
     def check_progress(self, now_s: float) -> None:
         """End the process when a forward pass takes longer than the model's time limit.

@@ -1,4 +1,4 @@
-"""What this process may use: CPUs by affinity, cgroup (v1 and v2) and the image's limit; the device."""
+"""What this process may use: CPUs and memory by the machine, its control groups and the image's limit; the device."""
 
 from __future__ import annotations
 
@@ -11,8 +11,21 @@ from pathlib import Path
 from typing import Final
 
 from cortex_tasks.config import ImageConfig
+from workers.cgroup import CgroupLimits, read_limits
 
-__all__ = ["available_cpus", "calm_openmp", "cgroup_cpus", "device", "keep_memory", "spare_garbage", "threads_for"]
+__all__ = [
+    "available_cpus",
+    "available_memory",
+    "calm_openmp",
+    "device",
+    "keep_memory",
+    "limit_threads",
+    "spare_garbage",
+    "threads_for",
+]
+
+#: Of OpenMP (torch, and what else is built with it), MKL, OpenBLAS, and the pool that tokenizers use.
+_THREAD_VARIABLES: Final = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "RAYON_NUM_THREADS")
 
 #: Iterations that an OpenMP thread spins at a barrier before it sleeps: microseconds instead of milliseconds.
 _SPIN_COUNT: Final = "3000"
@@ -61,30 +74,28 @@ def spare_garbage() -> None:
     gc.set_threshold(_YOUNG_OBJECTS)
 
 
-def cgroup_cpus(root: Path = Path("/sys/fs/cgroup")) -> float | None:
-    """The CPU quota of this process's cgroup in CPUs, None when there is none or it cannot be read."""
-    try:
-        quota, _, period = (root / "cpu.max").read_text().strip().partition(" ")
-        return None if quota == "max" else int(quota) / int(period or 100_000)
-    except (OSError, ValueError):
-        pass
-    try:
-        quota_us = int((root / "cpu/cpu.cfs_quota_us").read_text())
-        period_us = int((root / "cpu/cpu.cfs_period_us").read_text())
-    except (OSError, ValueError):
-        return None
-    return quota_us / period_us if quota_us > 0 and period_us > 0 else None
-
-
-def available_cpus() -> float:
-    """CPUs this process can really use."""
+def available_cpus(limits: CgroupLimits | None = None) -> float:
+    """CPUs this process can really use. ``limits``: of its control groups; by default they are read."""
     affinity = float(len(os.sched_getaffinity(0)))
-    return min(affinity, cgroup_cpus() or affinity)
+    return min(affinity, (limits or read_limits()).cpus or affinity)
 
 
-def threads_for(image: ImageConfig | None) -> int:
-    """Compute threads for the models of a worker: the image's CPU limit, as far as the machine has them."""
-    cpus = available_cpus()
+def available_memory(limits: CgroupLimits | None = None) -> int:
+    """Bytes this process can really use, with its children: the machine's memory or its control groups' limit."""
+    machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return min(machine, (limits or read_limits()).memory_bytes or machine)
+
+
+def limit_threads(threads: int) -> None:
+    """Tell compute libraries that are loaded from now on how many threads they may start: by default they count the
+    machine's CPUs, whatever the quota. What the environment says wins."""
+    for name in _THREAD_VARIABLES:
+        os.environ.setdefault(name, str(threads))
+
+
+def threads_for(image: ImageConfig | None, limits: CgroupLimits | None = None) -> int:
+    """Compute threads for the models of a worker: the image's CPU limit, as far as machine and cgroup have them."""
+    cpus = available_cpus(limits)
     if image is not None:
         cpus = min(cpus, image.cpus)
     return max(1, math.floor(cpus))

@@ -42,7 +42,8 @@ class Running(NamedTuple):
 class Runner(threading.Thread):
     """Runs the models it was given until it is stopped."""
 
-    def __init__(self, name: str, registry: Registry, events: Events) -> None:
+    def __init__(self, name: str, registry: Registry, events: Events, *, stop_grace_s: float = STOP_GRACE_S) -> None:
+        """``stop_grace_s``: how long ``stop`` goes on with jobs that have started."""
         super().__init__(name=f"runner-{name}", daemon=True)
         self._registry = registry
         self._events = events
@@ -53,6 +54,7 @@ class Runner(threading.Thread):
         self._while_busy = threading.Condition(lock)
         self._preparer = threading.Thread(target=self._prepare, name=f"preparer-{name}", daemon=True)
         self._stopping = False
+        self._stop_grace_s = stop_grace_s
         self._usual_pass_s = 0.0
         #: The forward pass that is running; None between passes. Replaced as a whole, for the watchdog's thread.
         self.running: Running | None = None
@@ -116,7 +118,7 @@ class Runner(threading.Thread):
     def _drain(self) -> None:
         """On a stop: jobs that have started are finished, as far as the grace goes; the others are dropped, which
         gives them back to the queue. A bulk job that goes back is computed again; nothing of it was answered."""
-        until_s = time.monotonic() + STOP_GRACE_S
+        until_s = time.monotonic() + self._stop_grace_s
         left = dict.fromkeys(self._admission.clear())
         while (batch := self._admission.take()) is not None:
             in_time = time.monotonic() < until_s

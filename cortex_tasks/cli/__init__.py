@@ -22,6 +22,7 @@ _COMMANDS: Final = {
     "models": "cortex_tasks.cli.observe:models",
     "status": "cortex_tasks.cli.observe:status",
     "cache": "cortex_tasks.cli.cache:cache",
+    "metrics": "cortex_tasks.cli.metrics:metrics",
     "dead": "cortex_tasks.cli.dead:dead",
     "queues": "cortex_tasks.cli.declared:queues",
     "config": "cortex_tasks.cli.declared:config",

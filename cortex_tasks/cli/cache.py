@@ -13,13 +13,13 @@ import click
 
 from cortex_tasks.catalog import nearest
 from cortex_tasks.cli.observe import open_redis
-from cortex_tasks.config import ALIAS_PATTERN, Settings, load_fleet
+from cortex_tasks.config import ALIAS_PATTERN, FleetConfig, Settings, load_fleet
 from cortex_tasks.terminal import style_for, table
 
 if TYPE_CHECKING:
     from cortex_tasks.cache.report import CacheReport, ModelReport
 
-__all__ = ["cache"]
+__all__ = ["cache", "read_cache_report"]
 
 #: Bytes of a weight; others are taken for 4.
 _WEIGHT_BYTES: Final = {"bf16": 2, "fp16": 2, "int8": 1}
@@ -43,17 +43,23 @@ def _open_cache() -> Iterator[Any]:
 @click.option("--prometheus", "as_metrics", is_flag=True, help="Print Prometheus' text format.")
 def stats(as_json: bool, as_metrics: bool) -> None:
     """Hit ratios for each tier and model, bytes, evictions, inputs and operations spared."""
-    from cortex_tasks.cache.report import prometheus, read_report
+    from cortex_tasks.cache.report import prometheus
 
-    fleet = load_fleet()
-    with _open_cache() as redis:
-        report = read_report(redis, list(fleet.models), fleet.answers_max_bytes, _flops_per_token())
+    report = read_cache_report(load_fleet())
     if as_metrics:
         click.echo("\n".join(prometheus(report)))
     elif as_json:
         click.echo(json.dumps(_json(report)))
     else:
         _print(report)
+
+
+def read_cache_report(fleet: FleetConfig) -> CacheReport:
+    """What the result cache holds and spares. Raises BrokerUnavailable."""
+    from cortex_tasks.cache.report import read_report
+
+    with _open_cache() as redis:
+        return read_report(redis, list(fleet.models), fleet.answers_max_bytes, _flops_per_token())
 
 
 def _flops_per_token() -> dict[str, int]:

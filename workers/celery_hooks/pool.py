@@ -94,6 +94,8 @@ class BatchingPool(BasePool):
         self._tracer: Tracer
         self._wake_fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self.draining = False
+        #: Jobs that have left: answered, dropped or given back.
+        self.settled = 0
 
     # --------------------------------------------------------------------------- life of the pool
 
@@ -363,7 +365,8 @@ class BatchingPool(BasePool):
             logger.warning("job %s could not be given back: %s", ticket.request.id, type(error).__name__)
 
     def _forget(self, ticket: Ticket) -> None:
-        self._tickets.pop(ticket.number, None)
+        if self._tickets.pop(ticket.number, None) is not None:
+            self.settled += 1
 
     # --------------------------------------------------------------------------------- what is shown
 
@@ -379,6 +382,10 @@ class BatchingPool(BasePool):
     def has_interactive(self) -> bool:
         """Whether an interactive job was taken and not yet answered. Called by the warming thread."""
         return any(t.job is not None and t.job.lane == "interactive" for t in list(self._tickets.values()))
+
+    def waits_for_redis(self) -> bool:
+        """Whether answers wait for a Redis that is away. Called by the health thread."""
+        return bool(self._unstored)
 
     def _get_info(self) -> dict[str, Any]:
         """Shown key by key on Flower's worker page."""

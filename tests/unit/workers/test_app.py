@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -15,7 +16,9 @@ from tests.support.redis_server import RedisServer
 from tests.support.stub_models import Listener, fleet_of, job
 from tests.support.worker_process import WorkerProcess
 from workers import app as app_module
+from workers import resources
 from workers.app import build, image_of, lease_options, prefetch_jobs
+from workers.cgroup import CgroupLimits
 
 
 def settings(**given: Any) -> Settings:
@@ -32,6 +35,14 @@ def configured(app: Celery, sender: str, queues: Any = None) -> tuple[str, Celer
     instance = SimpleNamespace(app=app, hostname=sender)
     app_module._configure_worker(sender=sender, instance=instance, conf=app.conf, options={"queues": queues})
     return instance.hostname, app
+
+
+@pytest.fixture(autouse=True)
+def threads_told(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """What compute libraries would be told; the environment of the tests stays as it is."""
+    told: list[int] = []
+    monkeypatch.setattr(app_module, "limit_threads", told.append)
+    return told
 
 
 @pytest.fixture
@@ -137,6 +148,47 @@ def test_time_outs_keep_redis_from_hanging_the_worker() -> None:
     client = build(settings(connect_timeout_s=2), fleet_of(m={})).cortex.connect()
     options = client.get_connection_kwargs()
     assert (options["socket_timeout"], options["socket_connect_timeout"]) == (5.0, 2)
+
+
+# ------------------------------------------------------------------------------------- the container's limits
+
+
+@pytest.fixture
+def in_a_container(monkeypatch: pytest.MonkeyPatch) -> CgroupLimits:
+    limits = CgroupLimits(2.5, 2 * 10**9, "v2")
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(64)))
+    for module in (app_module, resources):
+        monkeypatch.setattr(module, "read_limits", lambda: limits)
+    return limits
+
+
+@pytest.mark.usefixtures("in_a_container", "no_optimizations")
+def test_a_containers_limits_reach_whatever_takes_cpus_or_memory(
+    default_fleet: FleetConfig, caplog: pytest.LogCaptureFixture, threads_told: list[int], tmp_path: Path
+) -> None:
+    app = configured(build(settings(models_dir=tmp_path), default_fleet), "celery@box", "minilm,spacy,distilbert")[1]
+    app.amqp.queues.select(["minilm", "spacy", "distilbert"])
+    registry = app.cortex.registry
+    given = default_fleet.memory_config
+    assert threads_told == [2]
+    assert registry._threads == 2
+    assert registry.memory.budget_bytes < given.model_cache / 4
+    assert registry.fits._max_bytes < given.model_cache / 16 / 4
+    assert registry.limits.inference_buffer < given.inference_buffer / 4
+    assert registry._buffer_tokens(SimpleNamespace(token_bytes=10**6)) < 200
+    assert registry._child_bytes == given.process_pool
+    assert [disk.max_bytes < given.shared_memory / 4 for disk in registry.store.disks][-1]
+    (line,) = [record.getMessage() for record in caplog.records if "CPUs" in record.getMessage()]
+    assert line.startswith("2.5 CPUs and 2,000 MB of memory (cgroup: v2, 2.50 CPUs, 2,000 MB; image: nlp): 2 threads; ")
+    assert line.endswith("less than queues.yaml says")
+
+
+@pytest.mark.usefixtures("in_a_container")
+def test_the_images_own_limit_holds_where_it_is_smaller(default_fleet: FleetConfig) -> None:
+    image = default_fleet.images["nlp"].model_copy(update={"cpus": 1.0, "memory": 1_500 * 10**6})
+    fleet, threads = build(settings(), default_fleet).cortex._within_limits(["minilm"], image)
+    assert threads == 1
+    assert fleet.memory_config.model_cache < 500 * 10**6
 
 
 # ----------------------------------------------------------------------------------------------- adoption

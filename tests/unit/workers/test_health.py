@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -14,6 +15,8 @@ from hypothesis import strategies as st
 
 from cortex_tasks.presence import WORKERS_KEY, read_cards, worker_key
 from tests.support.stub_models import PATIENCE_S, StubAdapter, fleet_of, ready, registry_of
+from tests.support.worker_process import poll_until
+from workers import heartbeat
 from workers.health import HUNG_EXIT_CODE, Health, RateMeter
 from workers.registry import Registry
 from workers.runner import Running
@@ -49,11 +52,12 @@ def test_a_growing_total_never_gives_a_negative_rate(steps: list[tuple[float, in
 
 
 class Bench:
-    def __init__(self, connect: Any = None, **models: dict[str, Any]) -> None:
+    def __init__(self, connect: Any = None, beats_in: Path = Path("/nonexistent"), **models: dict[str, Any]) -> None:
         self.registry: Registry = registry_of(fleet_of(**(models or {"m": {"limits": {"time_limit_s": 10}}})))
         self.runner = SimpleNamespace(running=None)
         self.queues = ["m"]
         self.exits: list[int] = []
+        self.held, self.settled, self.held_up = 3, 0, False
         self.health = Health(
             node="node@host",
             image="nlp",
@@ -61,8 +65,11 @@ class Bench:
             queues=lambda: self.queues,
             registry=self.registry,
             runners=lambda: [self.runner],  # type: ignore[list-item]
-            in_flight=lambda: {"m": 3},
+            in_flight=lambda: {"m": self.held},
             connect=connect or (lambda: None),
+            settled=lambda: self.settled,
+            held_up=lambda: self.held_up,
+            beats_in=beats_in,
             exit_process=self.exits.append,
         )
 
@@ -136,6 +143,93 @@ def test_a_host_of_children_gets_twice_the_time() -> None:
     assert bench.exits == []
     bench.health.check_progress(21.0)
     assert bench.exits == [HUNG_EXIT_CODE]
+
+
+# --------------------------------------------------------------------------------------------- heartbeats
+
+
+def alive(bench: Bench, *, redis_answers: bool = True) -> None:
+    bench.health._answered_at_s = float("inf") if redis_answers else float("-inf")
+
+
+def test_jobs_held_without_an_answer_make_a_worker_dead() -> None:
+    bench = Bench()
+    alive(bench)
+    assert bench.health.beat(100.0).why_dead(100.0) == ""
+    assert bench.health.beat(219.0).why_dead(219.0) == ""
+    assert "finished nothing for 121 s" in bench.health.beat(221.0).why_dead(221.0)
+    bench.settled += 1
+    assert bench.health.beat(222.0).why_dead(222.0) == ""
+
+
+def test_a_batch_is_progress_even_if_its_job_is_not_through() -> None:
+    bench = Bench()
+    alive(bench)
+    bench.health.beat(0.0)
+    bench.registry.model("m").batches += 1
+    assert bench.health.beat(171.0).stalled_s == 0.0
+
+
+def test_a_worker_whose_redis_is_away_is_not_to_blame() -> None:
+    bench = Bench()
+    alive(bench)
+    bench.health.beat(0.0)
+    alive(bench, redis_answers=False)
+    assert bench.health.beat(1_000.0).why_dead(1_000.0) == ""
+    alive(bench)
+    assert bench.health.beat(1_001.0).stalled_s == pytest.approx(1.0)
+
+
+def test_an_idle_worker_may_idle() -> None:
+    bench = Bench()
+    alive(bench)
+    bench.held = 0
+    bench.health.beat(0.0)
+    assert bench.health.beat(1e6).stalled_s == 0.0
+
+
+@pytest.mark.parametrize("excuse", ["a pass runs", "a model is loaded", "answers wait for Redis"])
+def test_what_ends_by_itself_is_no_standstill(excuse: str) -> None:
+    bench = Bench()
+    alive(bench)
+    bench.health.beat(0.0)
+    bench.runner.running = Running("m", 0.0) if excuse == "a pass runs" else None
+    bench.registry.model("m").state = "loading" if excuse == "a model is loaded" else "ready"
+    bench.held_up = excuse == "answers wait for Redis"
+    assert bench.health.beat(1_000.0).stalled_s == 0.0
+
+
+def test_a_heartbeat_names_the_pinned_models() -> None:
+    bench = Bench(m={"load": "pinned"}, other={})
+    ready(bench.registry, "m", StubAdapter())
+    assert bench.health.beat(0.0).pinned == {"m": "ready"}
+
+
+def test_the_thread_leaves_a_heartbeat_while_redis_is_away_and_takes_it_along(tmp_path: Path) -> None:
+    told = threading.Event()
+
+    def connect() -> Any:
+        # Nobody answers, not even with a no: for as long as the test takes.
+        told.wait(PATIENCE_S)
+        raise redis.ConnectionError("away")
+
+    bench = Bench(connect, beats_in=tmp_path)
+    bench.health.start()
+    bench.health.announce("ready")
+    poll_until(lambda: any(beat.state == "ready" for beat in heartbeat.beats(tmp_path)), "it beats")
+    (beat,) = heartbeat.beats(tmp_path)
+    assert (beat.pid, beat.node, beat.state) == (os.getpid(), "node@host", "ready")
+    told.set()
+    bench.health.stop()
+    assert heartbeat.beats(tmp_path) == []
+
+
+def test_a_directory_that_cannot_be_written_is_told_once(caplog: pytest.LogCaptureFixture, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    bench = Bench(beats_in=tmp_path / "file" / "below")
+    for _ in range(2):
+        bench.health._leave_beat()
+    assert [record.levelname for record in caplog.records] == ["WARNING"]
 
 
 # ------------------------------------------------------------------------------------------------- models

@@ -14,42 +14,33 @@ import pytest
 
 from cortex_tasks.config import ImageConfig
 from workers import resources
-from workers.resources import available_cpus, cgroup_cpus, device, threads_for
+from workers.cgroup import CgroupLimits
+from workers.resources import available_cpus, available_memory, device, limit_threads, threads_for
 
 
 def image(cpus: float) -> ImageConfig:
     return ImageConfig.model_validate({"queues": [], "cpus": cpus, "memory": "1GB", "storage": "1GB"})
 
 
-@pytest.mark.parametrize(
-    ("text", "cpus"),
-    [("200000 100000\n", 2.0), ("50000 100000", 0.5), ("150000", 1.5), ("max 100000", None), ("odd", None)],
-)
-def test_cgroup_v2(tmp_path: Path, text: str, cpus: float | None) -> None:
-    (tmp_path / "cpu.max").write_text(text)
-    assert cgroup_cpus(tmp_path) == cpus
-
-
-@pytest.mark.parametrize(
-    ("quota", "period", "cpus"),
-    [("300000", "100000", 3.0), ("-1", "100000", None), ("100000", "0", None), ("odd", "100000", None)],
-)
-def test_cgroup_v1(tmp_path: Path, quota: str, period: str, cpus: float | None) -> None:
-    (tmp_path / "cpu").mkdir()
-    (tmp_path / "cpu/cpu.cfs_quota_us").write_text(quota)
-    (tmp_path / "cpu/cpu.cfs_period_us").write_text(period)
-    assert cgroup_cpus(tmp_path) == cpus
-
-
-def test_no_cgroup_means_no_limit(tmp_path: Path) -> None:
-    assert cgroup_cpus(tmp_path) is None
-
-
 def test_a_process_has_the_smaller_of_affinity_and_quota(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1, 2, 3})
     for quota, expected in ((None, 4.0), (2.5, 2.5), (16.0, 4.0)):
-        monkeypatch.setattr(resources, "cgroup_cpus", lambda quota=quota: quota)
-        assert available_cpus() == expected
+        monkeypatch.setattr(resources, "read_limits", lambda quota=quota: CgroupLimits(quota))
+        assert available_cpus() == available_cpus(CgroupLimits(quota)) == expected
+
+
+def test_a_process_has_the_smaller_of_the_machines_memory_and_its_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "sysconf", {"SC_PAGE_SIZE": 4096, "SC_PHYS_PAGES": 1000}.__getitem__)
+    for limit, expected in ((None, 4_096_000), (1_000_000, 1_000_000), (10**12, 4_096_000)):
+        monkeypatch.setattr(resources, "read_limits", lambda limit=limit: CgroupLimits(None, limit))
+        assert available_memory() == available_memory(CgroupLimits(None, limit)) == expected
+
+
+def test_libraries_are_told_the_threads_unless_the_environment_says_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(resources.os, "environ", {"OMP_NUM_THREADS": "7"})
+    limit_threads(3)
+    told = {"OMP_NUM_THREADS": "7", "MKL_NUM_THREADS": "3", "OPENBLAS_NUM_THREADS": "3", "RAYON_NUM_THREADS": "3"}
+    assert resources.os.environ == told
 
 
 @pytest.mark.parametrize(
@@ -58,7 +49,7 @@ def test_a_process_has_the_smaller_of_affinity_and_quota(monkeypatch: pytest.Mon
 def test_threads_keep_to_the_image_and_the_machine(
     monkeypatch: pytest.MonkeyPatch, machine: float, limit: float | None, threads: int
 ) -> None:
-    monkeypatch.setattr(resources, "available_cpus", lambda: machine)
+    monkeypatch.setattr(resources, "available_cpus", lambda limits: machine)
     assert threads_for(None if limit is None else image(limit)) == threads
 
 

@@ -292,6 +292,20 @@ def test_a_stop_finishes_what_has_started_and_drops_the_rest() -> None:
     assert None not in long.outcomes
 
 
+def test_without_grace_a_started_job_that_is_not_through_goes_back_as_well() -> None:
+    bench = Bench()
+    bench.runner = Runner("test", bench.registry, bench.events, stop_grace_s=0.0)
+    bench.adapter.gate.clear()
+    with bench.running():
+        bench.submit(job("long", *(f"text {n:02}" for n in range(20))))
+        assert bench.adapter.entered.wait(PATIENCE_S)
+        bench.runner.stop()
+        bench.adapter.gate.set()
+        bench.runner.join(PATIENCE_S)
+    assert bench.events.ids("finished") == []
+    assert bench.events.ids("dropped") == ["long"]
+
+
 def test_an_idle_runner_stops_at_once() -> None:
     bench = Bench()
     with bench.running():

@@ -1,0 +1,1 @@
+"""What runs the fleet elsewhere than in a shell; not installed."""

@@ -1,0 +1,1 @@
+"""Files of deployments, made from queues.yaml: ``python -m deploy.generate``."""

@@ -1,0 +1,55 @@
+"""Passwords that come from files."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from cortex_tasks.errors import ConfigError
+from cortex_tasks.settings import Settings, mask_url
+
+
+@pytest.fixture
+def secret(tmp_path: Path) -> Path:
+    file = tmp_path / "password"
+    file.write_text("s3cret/@#\n", encoding="utf-8")
+    return file
+
+
+def test_a_password_completes_the_url_that_has_none(secret: Path) -> None:
+    env = {
+        "CORTEX_BROKER_URL": "redis://broker:6379/0",
+        "CORTEX_BROKER_PASSWORD_FILE": str(secret),
+        "CORTEX_CACHE_URL": "rediss://me@cache:7000/1?ssl_cert_reqs=none",
+        "CORTEX_CACHE_PASSWORD_FILE": str(secret),
+    }
+    settings = Settings.from_env(env)
+    assert settings.broker == "redis://:s3cret%2F%40%23@broker:6379/0"
+    # Answers are kept at the broker, with its password.
+    assert settings.results == settings.broker
+    assert settings.cache == "rediss://me:s3cret%2F%40%23@cache:7000/1?ssl_cert_reqs=none"
+    assert "s3cret" not in repr(settings) + mask_url(settings.broker) + mask_url(settings.cache)
+
+
+def test_a_password_in_the_url_wins(secret: Path) -> None:
+    env = {"CORTEX_BROKER_URL": "redis://:own@broker:6379/0", "CORTEX_BROKER_PASSWORD_FILE": str(secret)}
+    assert Settings.from_env(env).broker == "redis://:own@broker:6379/0"
+
+
+def test_the_default_broker_may_have_a_password(secret: Path) -> None:
+    settings = Settings.from_env({"CORTEX_BROKER_PASSWORD_FILE": str(secret)})
+    assert settings.broker == "redis://:s3cret%2F%40%23@127.0.0.1:6379/0"
+
+
+def test_what_is_wrong_with_a_file_is_told_and_no_more(tmp_path: Path, secret: Path) -> None:
+    empty, binary = tmp_path / "empty", tmp_path / "binary"
+    empty.write_text(" \n", encoding="utf-8")
+    binary.write_bytes(b"\xff\xfe\x00secret")
+    for file, reason in ((empty, "is empty"), (binary, "not text"), (tmp_path / "none", "No such file")):
+        with pytest.raises(ConfigError, match="CORTEX_BROKER_PASSWORD_FILE") as caught:
+            Settings.from_env({"CORTEX_BROKER_PASSWORD_FILE": str(file)})
+        assert reason in str(caught.value)
+        assert "secret" not in str(caught.value)
+    with pytest.raises(ConfigError, match="needs CORTEX_CACHE_URL"):
+        Settings.from_env({"CORTEX_CACHE_PASSWORD_FILE": str(secret)})
