@@ -1,27 +1,29 @@
-"""queues.yaml -> FleetConfig. (The CORTEX_* variables are in ``settings``; its names are also here.)
-
-Sizes are written ``512MB`` or ``2GB`` (powers of 1,000; ``MiB``, ``GiB`` for powers of 1,024) and held as bytes.
-"""
+"""queues.yaml -> FleetConfig. (The CORTEX_* variables are in ``settings``; its names are also here.)"""
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Final, Literal
 
-from pydantic import (
-    AfterValidator,
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Field,
-    ValidationError,
-    model_validator,
-)
+from pydantic import Field, ValidationError, model_validator
 
-from cortex_tasks.catalog import TASKS, nearest
+from cortex_tasks.catalog import nearest
+from cortex_tasks.config_fields import (
+    ADAPTERS,
+    ALIAS_PATTERN,
+    AdapterName,
+    Alias,
+    Count,
+    Flag,
+    Number,
+    Schedule,
+    Section,
+    Size,
+    Source,
+    TaskName,
+)
 from cortex_tasks.config_problems import dotted, explain
 from cortex_tasks.config_wiring import KeyPath, disagreements
 from cortex_tasks.errors import ConfigError, UnknownModel
@@ -32,7 +34,9 @@ if TYPE_CHECKING:
 
 __all__ = [
     "ADAPTERS",
+    "ALIAS_PATTERN",
     "Batching",
+    "CacheWarming",
     "Delivery",
     "FleetConfig",
     "GpuBatching",
@@ -45,68 +49,8 @@ __all__ = [
     "mask_url",
 ]
 
-#: Adapters that come with the workers; any other is written ``package.module:Class``.
-ADAPTERS: Final = ("echo", "sentence_transformers", "transformers", "spacy", "prophet")
-ALIAS_PATTERN = r"^[a-z][a-z0-9_.-]{0,62}$"
-_SOURCES: Final = ("hub:", "pypi:", "file:", "s3:", "forge:", "builtin:")
-_SIZE = re.compile(r"\s*(\d{1,12}(?:\.\d{1,6})?)\s*(B|KB|MB|GB|TB|KiB|MiB|GiB|TiB)\s*")
-_UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12} | {
-    "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40,
-}  # fmt: skip
-_CLASS = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*")
 #: Problems of one file that a message lists; a file of nonsense has thousands.
 _MAX_PROBLEMS: Final = 100
-
-
-def _bytes(value: Any) -> Any:
-    if not isinstance(value, str):
-        return value
-    match = _SIZE.fullmatch(value)
-    if match is None:
-        raise ValueError(f"{value[:40]!r} is not a size; write it like '512MB' or '2GB'")
-    return int(float(match[1]) * _UNITS[match[2]])
-
-
-def _name(value: str) -> str:
-    if not re.fullmatch(ALIAS_PATTERN.rstrip("$"), value):
-        raise ValueError(f"{value[:40]!r} is not a name: a lower-case letter, then at most 62 of a-z 0-9 _ . -")
-    return value
-
-
-def _known_task(name: str) -> str:
-    if name not in TASKS:
-        raise ValueError(f"unknown task {name[:40]!r}{nearest(name, TASKS)}")
-    return name
-
-
-def _known_adapter(name: str) -> str:
-    if name not in ADAPTERS and not _CLASS.fullmatch(name):
-        raise ValueError(f"unknown adapter {name[:40]!r}{nearest(name, ADAPTERS)} (or write 'package.module:Class')")
-    return name
-
-
-def _known_source(source: str) -> str:
-    # The value is not repeated: a source may hold a signed or private address.
-    if not source.startswith(_SOURCES):
-        raise ValueError(f"a source begins with one of {' '.join(_SOURCES)}")
-    return source
-
-
-# Strict: a quoted "4", a 4.0 for a count, or a yes for a number is a slip that the file's author wants to hear of.
-Count = Annotated[int, Field(strict=True)]
-Number = Annotated[float, Field(strict=True, allow_inf_nan=False)]
-Flag = Annotated[bool, Field(strict=True)]
-Size = Annotated[int, BeforeValidator(_bytes), Field(strict=True, ge=0)]
-Alias = Annotated[str, AfterValidator(_name)]
-TaskName = Annotated[str, AfterValidator(_known_task)]
-AdapterName = Annotated[str, AfterValidator(_known_adapter)]
-Source = Annotated[str, AfterValidator(_known_source)]
-
-
-class Section(BaseModel):
-    """A part of queues.yaml: immutable; unknown keys are refused."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=False, protected_namespaces=())
 
 
 class GpuBatching(Section):
@@ -142,6 +86,8 @@ class Limits(Section):
     inputs_per_job: Annotated[Count, Field(ge=1)] = 1_000
     history_points: Annotated[Count, Field(ge=2)] = 20_000
     horizon_points: Annotated[Count, Field(ge=1)] = 3_650
+    #: How long the model's vectors are, so that ``dimensions`` beyond it are refused at submission; None: not told.
+    dimensions: Annotated[Count, Field(ge=1)] | None = None
     #: Jobs waiting in the model's queue beyond which submission is refused.
     queue_jobs: Annotated[Count, Field(ge=1)] = 100_000
     #: Deliveries of one job (each after a worker's death) before it is parked as poison.
@@ -287,6 +233,21 @@ class CacheConfig(Section):
     entry_max_size: Size = 10**6
 
 
+class CacheWarming(Section):
+    """Computing ahead what is asked for often. Its presence switches it on: frequent inputs are then kept in Redis."""
+
+    #: Cron's five fields, UTC.
+    schedule: Schedule
+    #: The models asked the most of late, whose inputs are warmed.
+    models: Annotated[Count, Field(ge=1, le=100)] = 3
+    #: The inputs asked for the most, of each.
+    inputs: Annotated[Count, Field(ge=1, le=100_000)] = 1_000
+    #: Longer inputs are neither kept nor warmed.
+    input_max_bytes: Annotated[Count, Field(ge=1, le=1_000_000)] = 2_048
+    #: Nothing new is begun after so long, for all models of a worker together.
+    time_limit_s: Annotated[Number, Field(gt=0, le=3_600)] = 60.0
+
+
 class FleetConfig(Section):
     """The whole of queues.yaml."""
 
@@ -295,6 +256,7 @@ class FleetConfig(Section):
     images: Annotated[dict[Alias, ImageConfig], Field(min_length=1)]
     delivery: Delivery = Delivery()
     cache: CacheConfig = CacheConfig()
+    cache_warming: CacheWarming | None = None
     model_storage: ModelStorage = ModelStorage()
     memory_config: MemoryConfig = MemoryConfig()
     storage_config: StorageConfig = StorageConfig()

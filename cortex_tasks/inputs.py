@@ -16,8 +16,9 @@ from pydantic import ValidationError
 
 from cortex_tasks.catalog import InputKind, nearest, task_spec
 from cortex_tasks.config import Limits
+from cortex_tasks.derived import refusal
 from cortex_tasks.errors import InvalidInput, InvalidParameter
-from cortex_tasks.payloads import ForecastParams, Params, Series
+from cortex_tasks.payloads import EmbedParams, ForecastParams, Params, Series
 
 __all__ = ["check_input", "check_params", "is_single"]
 
@@ -81,8 +82,11 @@ def check_series(value: Any, limits: Limits) -> Series:
     return Series.model_construct(ds=tuple(stamp.isoformat() for stamp in stamps), y=y)
 
 
-def check_params(task: str, params: Mapping[str, Any], limits: Limits) -> Params:
-    """A task's parameters. Raises InvalidParameter that names each culprit and the nearest name, UnknownTask."""
+def check_params(task: str, params: Mapping[str, Any], limits: Limits, model: str = "") -> Params:
+    """A task's parameters. ``model``: the alias, for messages.
+
+    Raises InvalidParameter that names each culprit and the nearest name, UnknownTask.
+    """
     spec = task_spec(task)
     try:
         checked = spec.params.model_validate(dict(params))
@@ -94,6 +98,11 @@ def check_params(task: str, params: Mapping[str, Any], limits: Limits) -> Params
             f"{spec.name}: horizon is {checked.horizon:,}, over the model's limit of {limits.horizon_points:,} points",
             {"task": spec.name, "limit": limits.horizon_points, "got": checked.horizon},
         )
+    # Where the file does not tell how long the model's vectors are, its worker does.
+    if isinstance(checked, EmbedParams) and (width := limits.dimensions or checked.dimensions):
+        refused = refusal(checked, width, model)
+        if refused is not None:
+            raise refused
     return checked
 
 

@@ -3,7 +3,7 @@
 A key is 128 bits of BLAKE2b over task, model alias, model revision, canonical parameters and the input's bytes, each
 part preceded by its length, so that no two lists of parts give the same bytes.
 
-Embeddings of one text that differ only in form (scaled to length 1 or not) are made from one stored vector
+Embeddings of one text that differ only in form (length, dimensions, encoding) are made from one stored vector
 (``derived``): what makes the form is left out of the key.
 """
 
@@ -33,10 +33,8 @@ def stored_params(params: Params, adapter: str) -> Params:
     if not isinstance(params, EmbedParams):
         return params
     # Inputs are cut before they are addressed: of an embedding, truncate says nothing more.
-    normalize = params.normalize and adapter not in _RAW_VECTORS
-    if normalize == params.normalize and not params.truncate:
-        return params
-    return EmbedParams(normalize=normalize)
+    stored = EmbedParams(normalize=params.normalize and adapter not in _RAW_VECTORS)
+    return params if params == stored else stored
 
 
 def input_bytes(value: str | Series) -> bytes:
@@ -71,5 +69,9 @@ class Address:
 
     def keys(self, values: Sequence[Any]) -> list[bytes]:
         """The keys of checked inputs, in order."""
-        key = self.key
-        return [key(value) for value in values]
+        begin, found = self._begun.copy, list[bytes]()
+        for value in values:
+            digest = begin()
+            digest.update(value.encode() if isinstance(value, str) else input_bytes(value))
+            found.append(digest.digest())
+        return found

@@ -1,14 +1,14 @@
 """Frozen messages: what goes into a job and what comes out of it.
 
 Parameters (``*Params``) are validated at the client and again at the worker. Results are built by the client
-from the wire form; numbers of vectors stay packed bytes (float32, little-endian, row-major) until someone
-reads ``.vector`` or ``.matrix``, so that this module never imports numpy or pandas by itself.
+from the wire form; numbers of vectors stay packed bytes (little-endian, row-major) until someone reads
+``.vector``, ``.codes`` or ``.matrix``, so that this module never imports numpy or pandas by itself.
 """
 
 from __future__ import annotations
 
 import json
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -19,6 +19,10 @@ if TYPE_CHECKING:
 
 Lane = Literal["interactive", "bulk"]
 CachePolicy = Literal["use", "refresh", "off"]
+Encoding = Literal["float32", "int8", "binary"]
+
+
+R = TypeVar("R", bound="Result")
 
 
 class Frozen(BaseModel):
@@ -48,8 +52,12 @@ class TextParams(Params):
 class EmbedParams(TextParams):
     """``embed``: sentence embeddings."""
 
-    #: Scale each vector to length 1.
+    #: Scale each vector to length 1, after it was cut to ``dimensions``.
     normalize: bool = True
+    #: Keep the first so many numbers (models trained for it, as Matryoshka, lose little); None keeps all.
+    dimensions: Annotated[int, Field(strict=True, ge=1, le=65_536)] | None = None
+    #: How the numbers are packed; ``derived`` says what each means.
+    encoding: Encoding = "float32"
 
 
 class AnnotateParams(TextParams):
@@ -168,24 +176,52 @@ class Result(Frozen):
     timings: Timings
 
 
+def unchecked(cls: type[R], fields: dict[str, Any]) -> R:
+    """A result of fields that are all there and of their types, as for each of thousands of known answers: pydantic's
+    own ways to make one take three times as long. The dictionary becomes the result's own."""
+    item = cls.__new__(cls)
+    put = object.__setattr__
+    put(item, "__dict__", fields)
+    put(item, "__pydantic_fields_set__", set(fields))
+    put(item, "__pydantic_extra__", None)
+    put(item, "__pydantic_private__", None)
+    return item
+
+
 class Embedding(Result):
-    """A sentence embedding. ``data``: the vector packed as float32, little-endian."""
+    """A sentence embedding. ``data``: the vector's codes, packed as ``encoding`` says (float32 is little-endian)."""
 
     kind: ClassVar[str] = "embedding"
     data: Annotated[bytes, Field(repr=False)]
     #: The text was longer than the model's token window; the vector is of its beginning (as the library does).
     truncated: bool = False
+    encoding: Encoding = "float32"
+    #: Of int8: what a code of 1 stands for.
+    scale: float = 1.0
 
     @property
     def dimensions(self) -> int:
-        return len(self.data) // 4
+        return {"float32": len(self.data) // 4, "int8": len(self.data), "binary": len(self.data) * 8}[self.encoding]
+
+    @property
+    def codes(self) -> NDArray[Any]:
+        """The numbers as they are encoded, read-only: float32 or int8 of shape ``(dimensions,)``, or packed bits, uint8
+        of shape ``(dimensions / 8,)``. They share memory with ``data``."""
+        import numpy as np
+
+        return np.frombuffer(self.data, dtype={"float32": "<f4", "int8": "i1", "binary": "u1"}[self.encoding])
 
     @property
     def vector(self) -> NDArray[np.float32]:
-        """The vector, shape ``(dimensions,)``, float32, read-only (it shares memory with ``data``)."""
+        """The vector, float32, shape ``(dimensions,)``. Of float32 it shares memory with ``data`` and is read-only; of
+        int8 it is ``codes * scale``; of binary 1.0 for each bit that is set, -1.0 for each other one."""
         import numpy as np
 
-        return np.frombuffer(self.data, dtype="<f4")
+        if self.encoding == "float32":
+            return np.frombuffer(self.data, dtype="<f4")
+        if self.encoding == "int8":
+            return self.codes.astype("<f4") * np.float32(self.scale)
+        return np.unpackbits(self.codes).astype("<f4") * np.float32(2) - np.float32(1)
 
 
 class Features(Result):

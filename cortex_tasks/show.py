@@ -30,11 +30,15 @@ def floats(data: bytes) -> list[float]:
 
 
 def as_record(entry_id: Any, answer: p.Result | CortexError) -> dict[str, Any]:
-    """``{"id", "value" | "error", "model", "revision", "timings"}``; vectors are lists of numbers."""
+    """``{"id", "value" | "error", "model", "revision", "timings"}``; vectors are lists of numbers, and so are the codes
+    of encoded ones."""
     if isinstance(answer, CortexError):
         return {"id": entry_id, "error": answer.to_wire()}
-    value = answer.model_dump(mode="json", exclude=_COMMON)
-    if isinstance(answer, p.Embedding | p.Features):
+    plain = isinstance(answer, p.Embedding) and answer.encoding == "float32"
+    value = answer.model_dump(mode="json", exclude=_COMMON | {"encoding", "scale"} if plain else _COMMON)
+    if isinstance(answer, p.Embedding) and not plain:
+        value["codes"] = answer.codes.tolist()
+    elif isinstance(answer, p.Embedding | p.Features):
         value["vector" if isinstance(answer, p.Embedding) else "values"] = floats(answer.data)
     return {
         "id": entry_id,
@@ -68,9 +72,10 @@ def _body(answer: p.Result, given: Any, style: Style) -> list[str]:
 
 @_body.register
 def _(answer: p.Embedding, given: Any, style: Style) -> list[str]:
-    values = floats(answer.data)
+    values = floats(answer.data) if answer.encoding == "float32" else answer.vector.tolist()
     norm = math.sqrt(math.fsum(value * value for value in values))
-    return [f"{_abbreviated(values)}  {len(values)} dimensions, length {norm:.3f}"]
+    encoded = "" if answer.encoding == "float32" else f", {answer.encoding} in {len(answer.data):,} bytes"
+    return [f"{_abbreviated(values)}  {len(values)} dimensions, length {norm:.3f}{encoded}"]
 
 
 @_body.register

@@ -100,7 +100,7 @@ class NativeTask(Task):
         """
         inputs, model, params = _arguments(self.name, args or (), kwargs or {})
         alias, config = self._fleet.model(model, task_spec(self.name).name)
-        checked = check_params(self.name, params, config.limits)
+        checked = check_params(self.name, params, config.limits, alias)
         texts = _checked_inputs(self.name, inputs, config.limits, getattr(checked, "truncate", False))
         given = {"model": alias, **checked.model_dump(mode="json", exclude_defaults=True)}
         # A job of a running task (a chain's next link, a retry) is not refused: its sender could not wait.

@@ -21,6 +21,7 @@ from redis.retry import Retry
 from cortex_tasks.app import make_app
 from cortex_tasks.cache.breaker import Breaker
 from cortex_tasks.cache.counters import Counters
+from cortex_tasks.cache.popular import Kind, Sampler
 from cortex_tasks.cache.tiers import BULK_TIMEOUT_S, cache_options
 from cortex_tasks.catalog import nearest
 from cortex_tasks.codec import HEADER
@@ -52,6 +53,7 @@ from workers.runtime import Job, answer, run_alone
 from workers.sizing import allowed_memory, describe, fitted
 from workers.store.build import open_store
 from workers.tasks import register_tasks, to_job
+from workers.warming import Gate, Warmer
 
 __all__ = ["Wiring", "app", "build"]
 
@@ -83,6 +85,8 @@ class Wiring:
         self._local: Runner
         self._events: Events
         self._desk: CacheDesk | None = None
+        self._warmer: Warmer | None = None
+        self._sampler = Sampler.of(fleet.cache_warming)
         self._lease_keeper: LeaseKeeper | None = None
         self.health: Health | None = None
 
@@ -93,20 +97,31 @@ class Wiring:
             self.settings.broker, socket_timeout=max(timeout_s, 5.0), socket_connect_timeout=timeout_s
         )
 
+    def _connect_cache(self) -> redis.Redis:
+        return redis.Redis.from_url(self.settings.cache, **cache_options(Retry(NoBackoff(), 0), BULK_TIMEOUT_S))
+
+    def _new_warmer(self, desk: CacheDesk, events: Events) -> Warmer | None:
+        if self.fleet.cache_warming is None:
+            return None
+        busy = getattr(events, "has_interactive", bool)
+        client = self._connect_cache()
+        return Warmer(
+            self.fleet.cache_warming, self.registry, client, desk.submit, busy, desk.counters, owner=self.node
+        )
+
     def _new_desk(self, events: Events) -> CacheDesk:
         """The result cache's part of this worker."""
-        client = redis.Redis.from_url(self.settings.cache, **cache_options(Retry(NoBackoff(), 0), BULK_TIMEOUT_S))
         # No blanks: a claim in Redis is the owner and its lane.
         owner = f"{os.getpid()}@{socket.gethostname()}:{uuid4().hex[:8]}".replace(" ", "_")
         breaker = Breaker(mask_url(self.settings.cache))
-        tower = FlightTower(client, owner, self.fleet.answers_max_bytes, breaker)
+        tower = FlightTower(self._connect_cache(), owner, self.fleet.answers_max_bytes, breaker)
         desk = CacheDesk(
             tower,
             self.registry,
             events,
             Herald(self.registry, tower.activate),
             lambda job: self._runners[job.model].submit(job),
-            counters=Counters(),
+            counters=Counters(sampler=self._sampler),
             entry_max_bytes=self.fleet.cache.entry_max_size,
         )
         backend = self.app.backend
@@ -163,7 +178,8 @@ class Wiring:
     def start(self, events: Events) -> None:
         """Load the pinned models, side by side, and start the threads. Returns when all are warm or known to fail."""
         registry = self.registry
-        self._desk = self._new_desk(events)
+        self._desk = self._new_desk(Gate(events) if self.fleet.cache_warming is not None else events)
+        self._warmer = self._new_warmer(self._desk, events)
         self._events = self._desk
         self._local = self._new_runner("local")
         self._runners = {alias: self._runner_for(alias) for alias in registry.models}
@@ -187,6 +203,8 @@ class Wiring:
         for runner in self._all_runners():
             runner.start()
         self._desk.start()
+        if self._warmer is not None:
+            self._warmer.start()
         if self.settings.transport == "cortex":
             self._lease_keeper = LeaseKeeper(self.connect, self.fleet.delivery.lease_s)
             self._lease_keeper.start()
@@ -203,6 +221,8 @@ class Wiring:
         if job.model not in self._runners:
             self._adopt(job.model)
         assert self._desk is not None, "the worker has started"
+        if self._sampler is not None and job.cache != "off":
+            self._sampler.offer(Kind(job.model, job.task, job.group.params), job.inputs)
         self._desk.submit(job)
 
     def _adopt(self, alias: str) -> Runner:
@@ -232,6 +252,8 @@ class Wiring:
         """Tell the runners to finish what has started; returns those still to be joined."""
         if self.health is not None:
             self.health.announce("stopping")
+        if self._warmer is not None:
+            self._warmer.stop()
         if self._desk is not None:
             self._desk.stop()
         runners = [runner for runner in self._all_runners() if runner.ident is not None]

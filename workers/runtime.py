@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from cortex_tasks.codec import Answer
-from cortex_tasks.derived import scaled
+from cortex_tasks.derived import Form, made
 from cortex_tasks.errors import CortexError, InferenceFailed
 from cortex_tasks.payloads import CachePolicy, Lane, Params, Timings
 from workers.adapters import Adapter, Item
@@ -57,8 +57,8 @@ class Job:
     sent_at_s: float | None = None
     packed: bool = False
     cache: CachePolicy = "use"
-    #: ``params`` are those that answers are stored under; the answers asked for are made from them.
-    derived: bool = False
+    #: ``params`` are those that answers are stored under; the answers asked for are made from them, if not the same.
+    form: Form | None = None
     #: Items that were found in the cache.
     known_items: int = 0
     #: It was in a worker's hands before; that worker is gone.
@@ -166,12 +166,12 @@ def answer(job: Job, revision: str) -> Answer:
 
 def _asked(job: Job) -> list[Any]:
     """The outcomes in the form that was asked for."""
-    if not job.derived:
+    if job.form is None:
         return job.outcomes
     indexes = [index for index, outcome in enumerate(job.outcomes) if isinstance(outcome, dict)]
     outcomes = list(job.outcomes)
-    for index, data in zip(indexes, scaled([outcomes[index]["data"] for index in indexes]), strict=True):
-        outcomes[index] = {**outcomes[index], "data": data}
+    for index, value in zip(indexes, made(job.form, [outcomes[i] for i in indexes], job.model), strict=True):
+        outcomes[index] = value
     return outcomes
 
 

@@ -12,7 +12,7 @@ from celery import Celery, Task
 from cortex_tasks.catalog import TASKS, task_spec
 from cortex_tasks.codec import HEADER, lane_of
 from cortex_tasks.config import FleetConfig, Limits, ModelConfig
-from cortex_tasks.derived import is_derived
+from cortex_tasks.derived import form_of
 from cortex_tasks.errors import CortexError, InvalidInput, ModelError, ModelUnavailable, UnknownModel
 from cortex_tasks.inputs import check_input, check_params, is_single
 from cortex_tasks.keys import stored_params
@@ -105,7 +105,7 @@ def to_job(
         model=alias,
         task=spec.name,
         params=stored,
-        derived=is_derived(checked, stored),
+        form=form_of(checked, stored),
         canonical=canonical,
         inputs=[_checked(spec.name, value, model.limits, truncate) for value in values],
         lane=lane_of(_number(_mapping(headers.get("delivery_info")).get("priority"))),
@@ -140,7 +140,7 @@ def _known_params(task: str, alias: str, params: Mapping[str, Any], model: Model
     )
     known = _seen.get(key)
     if known is None:
-        checked = check_params(task, params, limits)
+        checked = check_params(task, params, limits, alias)
         stored = stored_params(checked, model.adapter)
         known = (checked, stored, stored.canonical())
         if len(_seen) >= _SEEN_MAX:

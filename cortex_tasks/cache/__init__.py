@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
+from cortex_tasks.cache.popular import Sampler
 from cortex_tasks.cache.shelf import Question, Shelf
 from cortex_tasks.cache.tiers import AsyncCache, Cache
 
-__all__ = ["AsyncCache", "Cache", "Question", "Shelf"]
+__all__ = ["AsyncCache", "Cache", "Question", "Sampler", "Shelf"]

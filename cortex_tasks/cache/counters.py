@@ -8,8 +8,9 @@ from collections.abc import Callable
 from typing import Any, Final
 
 from cortex_tasks.cache.names import stats_key
+from cortex_tasks.cache.popular import Sampler, Samples, tell_samples
 
-__all__ = ["FIELDS", "Counters"]
+__all__ = ["FIELDS", "Counters", "Counts", "tell"]
 
 #: Field -> what it counts, for ``cortex cache stats`` and Prometheus.
 FIELDS: Final = {
@@ -24,6 +25,9 @@ FIELDS: Final = {
     "evicted": "answers dropped to keep within the configured bytes",
     "purged": "answers dropped by hand",
     "skipped": "times that the cache was not asked because it does not answer",
+    "warmings": "times that a model's frequent inputs were warmed",
+    "warmed": "inputs computed ahead, on schedule",
+    "warmings_cut": "times that warming ended before its last input, at the time limit or with the worker",
     "saved_tokens": "about how many tokens (points of a series) need not be computed",
 }
 
@@ -31,11 +35,20 @@ FIELDS: Final = {
 TOLD_EVERY_S: Final = 2.0
 
 
-class Counters:
-    """Thread-safe. ``clock``: monotonic seconds."""
+class Counts(dict[str, dict[str, int]]):
+    """Alias -> field -> count, and what was asked for."""
 
-    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(self, counts: dict[str, dict[str, int]] | None = None, samples: Samples | None = None) -> None:
+        super().__init__(counts or {})
+        self.samples = samples
+
+
+class Counters:
+    """Thread-safe. ``sampler``: notes what is asked for, where that is wanted. ``clock``: monotonic seconds."""
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic, sampler: Sampler | None = None) -> None:
         self._clock = clock
+        self.sampler = sampler
         self._lock = threading.Lock()
         self._counts: dict[str, dict[str, int]] = {}
         self._next_s = clock() + TOLD_EVERY_S
@@ -53,21 +66,24 @@ class Counters:
         """Whether it is time to tell Redis."""
         return self._clock() >= self._next_s and bool(self._counts)
 
-    def take(self) -> dict[str, dict[str, int]]:
+    def take(self) -> Counts:
         """All counts since the last time."""
+        samples = self.sampler.take() if self.sampler is not None else None
         with self._lock:
             counts, self._counts = self._counts, {}
             self._next_s = self._clock() + TOLD_EVERY_S
-            return counts
+            return Counts(counts, samples)
 
-    def give_back(self, counts: dict[str, dict[str, int]]) -> None:
-        """Counts that could not be told."""
+    def give_back(self, counts: Counts) -> None:
+        """Counts that could not be told. Samples are not missed."""
         for alias, of_model in counts.items():
             self.add(alias, **of_model)
 
 
-def tell(pipe: Any, counts: dict[str, dict[str, int]]) -> None:
+def tell(pipe: Any, counts: Counts) -> None:
     """Let a redis-py pipeline add the counts up."""
     for alias, of_model in counts.items():
         for name, count in of_model.items():
             pipe.hincrby(stats_key(alias), name, count)
+    if counts.samples is not None:
+        tell_samples(pipe, counts.samples)

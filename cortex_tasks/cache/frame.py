@@ -43,11 +43,7 @@ def sealed(key: bytes, value: Mapping[str, Any]) -> bytes:
 
 
 def _framed(key: bytes, kind: int, flags: int, payload: bytes) -> bytes:
-    return _HEADER.pack(_MAGIC, kind, flags, _checksum(key, kind, flags, payload)) + payload
-
-
-def _checksum(key: bytes, kind: int, flags: int, payload: bytes) -> int:
-    return zlib.crc32(payload, zlib.crc32(key + bytes((kind, flags))))
+    return _HEADER.pack(_MAGIC, kind, flags, zlib.crc32(payload, zlib.crc32(key + bytes((kind, flags))))) + payload
 
 
 def opened(key: bytes, frame: bytes) -> dict[str, Any] | None:
@@ -56,7 +52,8 @@ def opened(key: bytes, frame: bytes) -> dict[str, Any] | None:
         return None
     magic, kind, flags, checksum = _HEADER.unpack_from(frame)
     payload = frame[HEADER_BYTES:]
-    if magic != _MAGIC or _checksum(key, kind, flags, payload) != checksum:
+    # Kind and flags as they stand in the frame.
+    if magic != _MAGIC or zlib.crc32(payload, zlib.crc32(key + frame[4:6])) != checksum:
         return None
     if kind == _VECTOR:
         return {"data": payload, "truncated": bool(flags & _TRUNCATED)}

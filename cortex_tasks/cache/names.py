@@ -8,6 +8,8 @@
 ``cortex:cache:index``             sorted set of the entries with their sizes, by when they end (epoch seconds)
 ``cortex:cache:bytes``             how many bytes the index says there are
 ``cortex:cache:stats:<alias>``     hash of counters
+``cortex:cache:popular:<slot>``    models, and with an alias inputs, asked for in half an hour; see ``popular``
+``cortex:cache:warm:<alias>:<s>``   which worker warms a model that was due at that epoch second
 ``cortex:model:<alias>``           JSON: the revision that answers, and when a worker last said so
 =================================  ==========================================================================
 """
@@ -32,6 +34,7 @@ __all__ = [
     "model_key",
     "owner_key",
     "stats_key",
+    "warming_key",
 ]
 
 INDEX: Final = "cortex:cache:index"
@@ -96,6 +99,10 @@ def generation_key(alias: str) -> str:
 
 def model_key(alias: str) -> str:
     return f"cortex:model:{alias}"
+
+
+def warming_key(alias: str, due_s: int) -> str:
+    return f"cortex:cache:warm:{alias}:{due_s}"
 
 
 def stats_key(alias: str) -> str:

@@ -21,10 +21,11 @@ from cortex_tasks.cache.counters import Counters
 from cortex_tasks.cache.frame import opened
 from cortex_tasks.cache.names import active_revision, entry_prefix, generation_key, model_key
 from cortex_tasks.cache.near import Near, weigh
+from cortex_tasks.cache.popular import Kind, Sampler
 from cortex_tasks.catalog import TaskSpec
-from cortex_tasks.derived import derive, is_derived, scaled
+from cortex_tasks.derived import Form, form_of, made
 from cortex_tasks.keys import Address, stored_params
-from cortex_tasks.payloads import Params, Result, Timings
+from cortex_tasks.payloads import Embedding, Params, Result, Timings, unchecked
 
 __all__ = ["FRESH_S", "Question", "Search", "Shelf", "tokens_of"]
 
@@ -33,13 +34,15 @@ FRESH_S: Final = 0.5
 #: Inputs of one look into Redis, which serves nobody else meanwhile.
 SEARCH_INPUTS: Final = 512
 
+#: What the frame of a vector holds, and what its form adds: of known types, so that a result needs no check of its own.
+_VECTOR_FIELDS: Final = frozenset({"data", "truncated", "encoding", "scale"})
 _NEAR: Final = Timings(cached="near")
 _L2: Final = Timings(cached="l2")
 
 
 def tokens_of(values: Sequence[Any]) -> int:
     """About how many tokens these inputs are: four characters each, and each point of a series."""
-    return sum(len(value) // 4 + 1 if isinstance(value, str) else len(value.y) for value in values)
+    return sum([len(value) // 4 + 1 if isinstance(value, str) else len(value.y) for value in values])
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -71,9 +74,10 @@ class Question:
         self.entries = entry_prefix(alias)
         self.names = [model_key(alias).encode(), generation_key(alias).encode()]
         self._canonical = stored.canonical()
-        self._derived = is_derived(params, stored)
+        self.kind = Kind(alias, spec.name, self._canonical)
+        self._form = form_of(params, stored)
         #: Tells forms of one stored answer apart in near memory.
-        self.form = b"s" if self._derived else b""
+        self.form = repr(tuple(self._form)).encode() if self._form is not None else b""
         self._addressed: tuple[_Present, Address] | None = None
 
     def address(self, present: _Present) -> Address:
@@ -85,34 +89,44 @@ class Question:
 
     def items(self, values: Sequence[Mapping[str, Any]], revision: str) -> list[Result | None]:
         """Typed results of stored values; None for one that does not fit this version of Cortex."""
-        if self._derived:
-            values = _scaled(values)
+        if self._form is not None:
+            values = _formed(self._form, values, self.alias)
         fixed = {"model": self.alias, "revision": revision, "timings": _L2}
         return [self._item(value, fixed) for value in values]
 
     def _item(self, value: Mapping[str, Any], fixed: Mapping[str, Any]) -> Result | None:
+        if self.spec.result is Embedding and type(value.get("data")) is bytes and value.keys() <= _VECTOR_FIELDS:
+            return unchecked(Embedding, {"truncated": False, "encoding": "float32", "scale": 1.0, **value, **fixed})
         try:
             return self.spec.result.model_validate({**value, **fixed})
         except ValidationError:
             return None
 
 
-def _scaled(values: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+def _formed(form: Form, values: Sequence[Mapping[str, Any]], alias: str) -> list[Mapping[str, Any]]:
+    """Stored values in a form. One that has no such form is empty, which is a miss: its worker says why."""
     try:
-        packed = scaled([value["data"] for value in values])
+        formed = made(form, values, alias)
     except (KeyError, ValueError, TypeError):
         # One of them is no vector of float32: it alone is a miss.
-        return [derive(value) if len(value.get("data", b"-")) % 4 == 0 else {} for value in values]
-    return [{**value, "data": data} for value, data in zip(values, packed, strict=True)]
+        return [_formed(form, [value], alias)[0] for value in values] if len(values) > 1 else [{}]
+    return [value if isinstance(value, dict) else {} for value in formed]
 
 
 class Shelf:
     """What the searches of one client share. ``clock``: monotonic seconds."""
 
-    def __init__(self, near_bytes: int, near_ttl_s: float, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self,
+        near_bytes: int,
+        near_ttl_s: float,
+        clock: Callable[[], float] = time.monotonic,
+        sampler: Sampler | None = None,
+    ) -> None:
+        """``sampler``: notes the inputs that are found here; of the others their worker does."""
         self.clock = clock
         self.near = Near(near_bytes, near_ttl_s, clock)
-        self.counters = Counters(clock)
+        self.counters = Counters(clock, sampler)
         self._models: dict[str, _Model] = {}
 
     def question(self, spec: TaskSpec, alias: str, params: Params, adapter: str) -> Question:
@@ -128,6 +142,8 @@ class Shelf:
         item = self._near(question.address(present).key(value) + question.form, present)
         if item is not None:
             self.counters.add(question.alias, near_hits=1, saved_tokens=tokens_of([value]))
+            if self.counters.sampler is not None:
+                self.counters.sampler.offer(question.kind, (value,))
         return item
 
     def _near(self, key: bytes, present: _Present) -> Result | None:
@@ -221,19 +237,24 @@ class Search:
         if not values:
             return
         question, shelf = self._question, self._shelf
+        keeps = shelf.near.max_bytes > 0
         for index, item in zip(indexes, question.items(values, self._present.revision or ""), strict=True):
             if item is not None:
                 self.found[index] = item
-                shelf._keep(self._keys[index] + question.form, item, self._present)
+                if keeps:
+                    shelf._keep(self._keys[index] + question.form, item, self._present)
 
     def count(self) -> None:
         """Count what came of it."""
-        known = [index for index, item in enumerate(self.found) if item is not None]
+        known = [value for value, item in zip(self._values, self.found, strict=True) if item is not None]
         l2 = sum(item is not None and item.timings is _L2 for item in self.found)
-        self._shelf.counters.add(
+        counters = self._shelf.counters
+        counters.add(
             self._question.alias,
             l2_hits=l2,
             near_hits=len(known) - l2,
             misses=len(self.found) - len(known),
-            saved_tokens=tokens_of([self._values[index] for index in known]),
+            saved_tokens=tokens_of(known),
         )
+        if counters.sampler is not None:
+            counters.sampler.offer(self._question.kind, known)

@@ -12,7 +12,7 @@ from redis.backoff import NoBackoff
 from redis.exceptions import RedisError
 
 from cortex_tasks.cache.breaker import Breaker
-from cortex_tasks.cache.counters import tell
+from cortex_tasks.cache.counters import Counts, tell
 from cortex_tasks.cache.shelf import SEARCH_INPUTS, Question, Search, Shelf
 from cortex_tasks.payloads import Result
 from cortex_tasks.settings import Settings, mask_url
@@ -26,6 +26,8 @@ LOOK_TIMEOUT_S: Final = 0.02
 BULK_TIMEOUT_S: Final = 0.1
 _BULK_KEYS: Final = 64
 CONNECT_TIMEOUT_S: Final = 0.05
+#: What else the event loop does meanwhile counts as well: a full garbage collection alone takes over 50 ms.
+ASYNC_CONNECT_TIMEOUT_S: Final = 0.2
 _CONNECTIONS: Final = 16
 
 Found = list[Result | None]
@@ -74,7 +76,7 @@ class Cache:
         if not breaker.allows():
             counters.add(alias, skipped=1)
             return None
-        counts = counters.take() if counters.due else {}
+        counts = counters.take() if counters.due else Counts()
         client = self._quick if len(names) <= _BULK_KEYS else self._bulk
         try:
             if counts:
@@ -117,6 +119,7 @@ class AsyncCache:
 
         def connect(timeout_s: float) -> Any:
             options = cache_options(Retry(NoBackoff(), 0), timeout_s)
+            options["socket_connect_timeout"] = ASYNC_CONNECT_TIMEOUT_S
             return Redis.from_pool(
                 BlockingConnectionPool.from_url(settings.cache, **options, max_connections=_CONNECTIONS, timeout=None)
             )
@@ -147,7 +150,7 @@ class AsyncCache:
         if not breaker.allows():
             counters.add(alias, skipped=1)
             return None
-        counts = counters.take() if counters.due else {}
+        counts = counters.take() if counters.due else Counts()
         client = self._quick if len(names) <= _BULK_KEYS else self._bulk
         try:
             if counts:

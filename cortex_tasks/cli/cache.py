@@ -112,12 +112,13 @@ def _print(report: CacheReport) -> None:
             f"{model.ratio('l2_hits'):.1%}",
             f"{model.counts.get('shared', 0):,}",
             f"{model.counts.get('computed', 0):,}",
+            f"{model.counts.get('warmed', 0):,}",
             f"{model.saved_inputs:,}",
             f"{model.saved_flops:.2g}" if model.saved_flops else "-",
         )
         for model in report.models
     ]
-    header = ("model", "revision", "asked", "near", "redis", "shared", "computed", "spared", "flops spared")
+    header = ("model", "revision", "asked", "near", "redis", "shared", "computed", "warmed", "spared", "flops spared")
     click.echo("\n".join(table(header, rows, style_for(sys.stdout))))
 
 

@@ -10,7 +10,7 @@ from types import TracebackType
 from typing import Any, Final, Literal, Self, Unpack, overload
 
 from cortex_tasks import payloads as p
-from cortex_tasks.cache import AsyncCache, Shelf
+from cortex_tasks.cache import AsyncCache, Sampler, Shelf
 from cortex_tasks.client import options as o
 from cortex_tasks.client.coalesce import LoopCoalescer
 from cortex_tasks.client.core import Core, Draft, Order, Plan, Sifted, batches, resolve, timed_out
@@ -137,7 +137,7 @@ class AsyncCortex:
 
         def cache() -> AsyncCache:
             near = fleet.cache.near
-            return AsyncCache(chosen, Shelf(near.size, near.ttl_s))
+            return AsyncCache(chosen, Shelf(near.size, near.ttl_s, sampler=Sampler.of(fleet.cache_warming)))
 
         self._set_up(lambda: AsyncRedisWire(chosen), lambda: Core(fleet, timeout_s), mask_url(chosen.broker), cache)
 
@@ -180,7 +180,7 @@ class AsyncCortex:
     @overload
     async def embed(self, inputs: o.Texts, **options: Unpack[o.EmbedOptions]) -> JobResult[p.Embedding]: ...
     async def embed(self, inputs: Any, **options: Any) -> Any:
-        """Sentence embeddings: ``Embedding.vector``, float32."""
+        """Sentence embeddings: ``Embedding.vector``, float32; ``.codes`` as encoded."""
         return await self._ask("embed", inputs, options)
 
     @overload

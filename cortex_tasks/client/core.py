@@ -16,7 +16,7 @@ from uuid import uuid4
 from pydantic import ValidationError
 
 from cortex_tasks.cache import Question, Shelf
-from cortex_tasks.catalog import TaskSpec, nearest, task_spec
+from cortex_tasks.catalog import InputKind, TaskSpec, nearest, task_spec
 from cortex_tasks.client.cuts import JOB_CHARS, JOB_INPUTS, cut
 from cortex_tasks.codec import reply_channel
 from cortex_tasks.config import FleetConfig, Limits, ModelConfig, load_fleet
@@ -195,18 +195,28 @@ class Plan:
 
     def sift(self, inputs: Iterable[Any]) -> Sifted:
         """Several inputs; a bad one becomes an entry of its own and its neighbours go on."""
-        good: list[Any] = []
-        indexes: list[int] = []
+        values = list(inputs)
         refused: dict[int, InvalidInput] = {}
-        count = 0
-        for index, value in enumerate(inputs):
-            count += 1
+        for index in self._uncertain(values):
             try:
-                good.append(self.check(value))
-                indexes.append(index)
+                values[index] = self.check(values[index])
             except InvalidInput as error:
                 refused[index] = error
-        return Sifted(count, good, indexes, refused)
+        if not refused:
+            return Sifted(len(values), values, range(len(values)), refused)
+        indexes = [index for index in range(len(values)) if index not in refused]
+        return Sifted(len(values), [values[index] for index in indexes], indexes, refused)
+
+    def _uncertain(self, values: Sequence[Any]) -> Sequence[int]:
+        """Which inputs need a closer look: not those that are plainly texts in their canonical form."""
+        if self.spec.input is not InputKind.TEXT:
+            return range(len(values))
+        most = self.limits.text_chars
+        return [
+            index
+            for index, value in enumerate(values)
+            if not (type(value) is str and len(value) <= most and value.isascii() and value and not value.isspace())
+        ]
 
     def order(self, inputs: Iterable[Any], *, one_job: bool = False) -> Order:
         """Several inputs, of which the cache is not asked."""
@@ -218,11 +228,11 @@ class Plan:
         They are cut into jobs that several workers can share; ``one_job`` cuts only at the model's own limit.
         """
         inputs, indexes, known = sifted.values, sifted.indexes, {}
-        if any(item is not None for item in found):
-            places = list(zip(indexes, inputs, found, strict=True))
-            known = {index: item for index, _, item in places if item is not None}
-            inputs = [value for _, value, item in places if item is None]
-            indexes = [index for index, _, item in places if item is None]
+        if found:
+            known = {index: item for index, item in zip(indexes, found, strict=True) if item is not None}
+        if known:
+            left = [at for at, item in enumerate(found) if item is None]
+            inputs, indexes = [inputs[at] for at in left], [indexes[at] for at in left]
         most, now = self.limits.inputs_per_job, self.clock()
         parts = cut(inputs, most, math.inf) if one_job else cut(inputs, min(most, JOB_INPUTS), JOB_CHARS)
         drafts = []
@@ -299,7 +309,7 @@ class Core:
             _seconds("deadline_s", deadline_s)
         if timeout_s is not None and timeout_s != math.inf:
             _seconds("timeout_s", timeout_s)
-        checked = check_params(spec.name, params, config.limits)
+        checked = check_params(spec.name, params, config.limits, alias)
         given = checked.model_dump(mode="json", exclude_defaults=True)
         # A checked parameter is JSON: its repr is as good as its content.
         key = (spec.name, alias, lane, cache, repr(given))

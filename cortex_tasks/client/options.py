@@ -15,7 +15,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from datetime import date
 from typing import Any, Literal, Protocol, TypeAlias, TypedDict
 
-from cortex_tasks.payloads import CachePolicy, Lane, Series
+from cortex_tasks.payloads import CachePolicy, Encoding, Lane, Series
 
 
 class Options(TypedDict, total=False):
@@ -34,8 +34,12 @@ class TextOptions(Options, total=False):
 
 
 class EmbedOptions(TextOptions, total=False):
-    #: Scale each vector to length 1 (default True).
+    #: Scale each vector to length 1, after it was cut (default True).
     normalize: bool
+    #: Keep the first so many numbers (default all).
+    dimensions: int | None
+    #: How the numbers are packed (default "float32").
+    encoding: Encoding
 
 
 class AnnotateOptions(TextOptions, total=False):

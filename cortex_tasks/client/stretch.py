@@ -45,7 +45,8 @@ def stretched(fresh: Sequence[Sifted], found: Sequence[Result | None], chunk: in
 def _unknown(sifted: Sifted, found: Sequence[Result | None], chars: float) -> tuple[int, int]:
     """How many inputs are not known, and their characters where those matter."""
     if chars == math.inf:
-        return found.count(None), 0
+        # Not ``count``, which asks each result whether it equals None.
+        return sum([item is None for item in found]), 0
     sizes = [weight_of(value) for value, item in zip(sifted.values, found, strict=True) if item is None]
     return len(sizes), sum(sizes)
 

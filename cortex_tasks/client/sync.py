@@ -11,7 +11,7 @@ from typing import Any, Literal, Self, TypeVar, Unpack, overload
 from weakref import WeakSet
 
 from cortex_tasks import payloads as p
-from cortex_tasks.cache import Cache, Shelf
+from cortex_tasks.cache import Cache, Sampler, Shelf
 from cortex_tasks.client import options as o
 from cortex_tasks.client.coalesce import ThreadCoalescer
 from cortex_tasks.client.core import Core, Draft, Order, Plan, Sifted, batches, resolve, timed_out
@@ -117,7 +117,7 @@ class Cortex:
 
         def cache() -> Cache:
             near = fleet.cache.near
-            return Cache(chosen, Shelf(near.size, near.ttl_s))
+            return Cache(chosen, Shelf(near.size, near.ttl_s, sampler=Sampler.of(fleet.cache_warming)))
 
         self._set_up(lambda: RedisWire(chosen), lambda: Core(fleet, timeout_s), mask_url(chosen.broker), cache)
 
@@ -164,7 +164,7 @@ class Cortex:
     @overload
     def embed(self, inputs: o.Texts, **options: Unpack[o.EmbedOptions]) -> JobResult[p.Embedding]: ...
     def embed(self, inputs: Any, **options: Any) -> Any:
-        """Sentence embeddings: ``Embedding.vector``, float32."""
+        """Sentence embeddings: ``Embedding.vector``, float32; ``.codes`` as encoded."""
         return self._ask("embed", inputs, options)
 
     @overload

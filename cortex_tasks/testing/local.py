@@ -16,9 +16,11 @@ from cortex_tasks.catalog import TASKS, task_spec
 from cortex_tasks.client import AsyncCortex, Cortex
 from cortex_tasks.codec import Answer, lane_of
 from cortex_tasks.config import FleetConfig, default_queues_file, load_fleet
+from cortex_tasks.derived import form_of, made
 from cortex_tasks.echo import REVISION, echo
 from cortex_tasks.errors import BrokerUnavailable, CortexError, InvalidInput
 from cortex_tasks.inputs import check_input, check_params
+from cortex_tasks.keys import stored_params
 from cortex_tasks.payloads import Lane, Params, Timings
 from cortex_tasks.presence import WorkerCard
 from cortex_tasks.publish import Envelope
@@ -27,8 +29,8 @@ from cortex_tasks.testing.wires import AsyncMemoryWire, MemoryWire
 __all__ = ["Handler", "LocalFleet", "RecordedJob", "echo_fleet"]
 
 #: ``handler(task, model, inputs, params)`` -> one entry an input: the fields of the task's result class less model,
-#: revision and timings (bytes for packed vectors), or an error. ``inputs`` are checked texts or ``Series``. To raise
-#: a CortexError fails the job as a whole.
+#: revision and timings (vectors as bytes of float32, of which the fleet makes the form asked for), or an error.
+#: ``inputs`` are checked texts or ``Series``. To raise a CortexError fails the job as a whole.
 Handler = Callable[[str, str, Sequence[Any], Params], Sequence[Mapping[str, Any] | CortexError]]
 
 _NODE: Final = "local@testing"
@@ -227,7 +229,7 @@ class LocalFleet:
             return _meta(job, "REVOKED", _failure("TaskRevokedError", "celery.exceptions", ["expired"]))
         limits = self.fleet.models[job.model].limits
         try:
-            params = check_params(job.task, job.params, limits)
+            params = check_params(job.task, job.params, limits, job.model)
             items = self._items(job, params)
         except CortexError as error:
             failure = _failure(type(error).__name__, type(error).__module__, [error.message, error.details])
@@ -248,9 +250,19 @@ class LocalFleet:
             except InvalidInput as error:
                 items[index] = {"error": error.to_wire()}
         values = self._handler(job.task, job.model, list(good.values()), params)
-        for index, value in zip(good, values, strict=True):
+        for index, value in zip(good, _formed(values, params, job.model), strict=True):
             items[index] = {"error": value.to_wire()} if isinstance(value, CortexError) else {"value": dict(value)}
         return items
+
+
+def _formed(
+    values: Sequence[Mapping[str, Any] | CortexError], params: Params, model: str
+) -> list[Mapping[str, Any] | CortexError]:
+    """Float vectors in the form that was asked for, as a worker makes it of its model's."""
+    form = form_of(params, stored_params(params, ""))
+    if form is None:
+        return list(values)
+    return [made(form, [value], model)[0] if isinstance(value, Mapping) else value for value in values]
 
 
 def _echo(task: str, model: str, inputs: Sequence[Any], params: Params) -> list[Mapping[str, Any] | CortexError]:

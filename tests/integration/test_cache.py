@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import redis
 
-from cortex_tasks import AsyncCortex, Cortex, Settings
+from cortex_tasks import AsyncCortex, Cortex, InvalidParameter, Settings, parse
 from cortex_tasks.app import make_app
 from cortex_tasks.cache.names import ACTIVATE, activate_arguments, entry_prefix, flight_prefix, model_key, stats_key
 from cortex_tasks.cache.report import purge
 from cortex_tasks.config import FleetConfig
 from cortex_tasks.echo import echo_vector
+from cortex_tasks.payloads import Encoding
+from cortex_tasks.tasks import register
 from tests.support.redis_server import RedisServer
 from tests.support.worker_process import WorkerProcess, poll_until
 
@@ -44,6 +47,10 @@ def items(worker: WorkerProcess) -> int:
     seen = time.time()
     card = poll_until(lambda: (card := worker.card()) and card.seen_at > seen and card, "a new card")
     return int(card.items)
+
+
+def client_settings(worker: WorkerProcess) -> Settings:
+    return Settings.model_validate({"broker_url": worker.url})
 
 
 def right(text: str, item: Any) -> bool:
@@ -140,6 +147,58 @@ def test_duplicates_of_one_call_are_computed_once(client: Cortex, echo_worker: W
     found = client.embed(["twin"] * 100 + ["single"], model="echo")
     assert all(right("twin", item) for item in found[:100])
     assert items(echo_worker) - before == 2
+
+
+# ------------------------------------------------------------------------------------------------ derived forms
+
+FORMS: list[dict[str, Any]] = [
+    {"normalize": normalize, "dimensions": dimensions, "encoding": encoding}
+    for normalize in (True, False)
+    for dimensions in (None, 8)
+    for encoding in get_args(Encoding)
+]
+
+
+def bits(item: Any) -> tuple[Any, ...]:
+    return item.data, item.encoding, item.scale, item.dimensions
+
+
+async def test_every_form_is_the_same_bits_computed_or_known_whoever_asks(
+    client: Cortex, echo_worker: WorkerProcess, echo_fleet: FleetConfig
+) -> None:
+    app = make_app(client_settings(echo_worker), echo_fleet)
+    embed = register(app, client_settings(echo_worker), echo_fleet)["embed"]
+    async with AsyncCortex(echo_worker.url, fleet=echo_fleet) as other:
+        for form in FORMS:
+            computed = client.embed("a text", model="echo", cache="off", **form)
+            client.embed("a text", model="echo", **form)
+            found = [client.embed("a text", model="echo", **form), await other.embed("a text", model="echo", **form)]
+            assert {item.timings.cached for item in found} <= {"l2", "near"}
+            found += list(client.map("embed", ["a text"], "echo", **form))
+            found += [item async for item in other.map("embed", ["a text"], "echo", **form)]
+            native = await asyncio.to_thread(embed.delay(["a text"], model="echo", **form).get, timeout=20)
+            found += parse(native).values()
+            assert {bits(item) for item in found} == {bits(computed)}
+    app.close()
+
+
+def test_all_forms_of_a_text_cost_one_forward_pass_and_one_entry(
+    client: Cortex, echo_worker: WorkerProcess, raw: Any
+) -> None:
+    before = items(echo_worker)
+    for form in FORMS:
+        if form["normalize"]:
+            client.embed("a text", model="echo", **form)
+    assert items(echo_worker) - before == 1
+    assert len(list(raw.scan_iter(match=entry_prefix("echo") + b"*"))) == 1
+
+
+def test_more_dimensions_than_the_model_has_are_refused_by_the_worker_which_knows_them(client: Cortex) -> None:
+    for _ in range(2):
+        with pytest.raises(InvalidParameter, match="dimensions is 9, over the 8 of model 'echo'"):
+            client.embed("a text", model="echo", dimensions=9)
+    found = client.embed(["a text", "another"], model="echo", dimensions=9)
+    assert all(isinstance(item, InvalidParameter) for item in found)
 
 
 # ------------------------------------------------------------------------------------------- revisions and purges

@@ -132,6 +132,21 @@ def test_unnormalized_embeddings_are_those_before_the_last_module(fleet: ModelFl
     np.testing.assert_allclose(np.stack([answer.vector for answer in found]), raw.encode(TEXTS), atol=TOLERANCE)
 
 
+def test_cut_and_encoded_embeddings_are_the_librarys(fleet: ModelFleet, sentence_transformer: Any) -> None:
+    from sentence_transformers.quantization import quantize_embeddings
+
+    expected = sentence_transformer.encode(TEXTS, truncate_dim=8, normalize_embeddings=True)
+    found = fleet.cortex.embed(TEXTS, dimensions=8).values()
+    np.testing.assert_allclose(np.stack([answer.vector for answer in found]), expected, atol=TOLERANCE)
+    int8 = fleet.cortex.embed(TEXTS, dimensions=8, encoding="int8").values()
+    assert {answer.timings.cached for answer in int8} == {"l2"}
+    for answer, exact in zip(int8, found, strict=True):
+        assert np.abs(answer.vector - exact.vector).max() <= answer.scale * 0.51
+    bits = fleet.cortex.embed(TEXTS, dimensions=8, encoding="binary").values()
+    whole = np.stack([answer.vector for answer in found])
+    np.testing.assert_array_equal(np.stack([answer.codes for answer in bits]), quantize_embeddings(whole, "ubinary"))
+
+
 @pytest.mark.parametrize("first", [True, False], ids=["scaled first", "raw first"])
 def test_a_known_embedding_is_the_computed_one_in_either_form(fleet: ModelFleet, first: bool) -> None:
     """One stored vector serves both forms, to the last bit."""

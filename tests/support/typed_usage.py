@@ -42,6 +42,9 @@ def texts(cortex: Cortex) -> None:
     assert_type(cortex.zero_shot(["a"], ("x",)), JobResult[Classification])
     assert_type(cortex.fill_mask("a [MASK]"), FilledMask)
     assert_type(cortex.features("a", pooling="mean"), Features)
+    assert_type(cortex.embed("a", dimensions=64, encoding="int8").vector, NDArray[np.float32])
+    assert_type(cortex.embed("a").codes, NDArray[Any])
+    cortex.embed("a", encoding="int4")  # type: ignore[call-overload]
     cortex.embed("a", normalise=True)  # type: ignore[call-overload]
     cortex.embed(7)  # type: ignore[call-overload]
     cortex.features("a", pooling="max")  # type: ignore[call-overload]

@@ -379,6 +379,10 @@ class BatchingPool(BasePool):
                 counts[queue] = counts.get(queue, 0) + 1
         return counts
 
+    def has_interactive(self) -> bool:
+        """Whether an interactive job was taken and not yet answered. Called by the warming thread."""
+        return any(t.job is not None and t.job.lane == "interactive" for t in list(self._tickets.values()))
+
     def waits_for_redis(self) -> bool:
         """Whether answers wait for a Redis that is away. Called by the health thread."""
         return bool(self._unstored)

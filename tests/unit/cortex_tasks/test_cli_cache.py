@@ -45,7 +45,15 @@ def store(raw: Any, alias: str, count: int) -> None:
 
 
 def count_up(raw: Any) -> None:
-    counts = {"near_hits": 30, "l2_hits": 20, "misses": 50, "shared": 5, "computed": 45, "saved_tokens": 1_000}
+    counts = {
+        "near_hits": 30,
+        "l2_hits": 20,
+        "misses": 50,
+        "shared": 5,
+        "computed": 45,
+        "warmed": 12,
+        "saved_tokens": 1_000,
+    }
     raw.hset(stats_key("minilm"), mapping=counts)
     raw.hset(stats_key("*"), mapping={"evicted": 7})
     raw.set(model_key("minilm"), json.dumps({"revision": "abc", "at": 0}))
@@ -75,7 +83,7 @@ def test_stats_for_people(redis_url: str, raw: Any) -> None:
     lines = cortex(redis_url, "stats").output.splitlines()
     assert lines[0].startswith("0 answers, 0.0 MB of 5,000 MB")
     [row] = [line.split() for line in lines if line.startswith("minilm")]
-    assert row == ["minilm", "abc", "100", "30.0%", "20.0%", "5", "45", "55", "-"]
+    assert row == ["minilm", "abc", "100", "30.0%", "20.0%", "5", "45", "12", "55", "-"]
 
 
 def test_stats_for_prometheus(redis_url: str, raw: Any) -> None:

@@ -147,6 +147,32 @@ def test_a_slip_is_named_with_its_line(tmp_path: Path, old: str, new: str, said:
         assert any(problem.startswith(f"{line}: ") and said in problem for problem in problems), problems
 
 
+@pytest.mark.parametrize(
+    ("warming", "said"),
+    [
+        ('{schedule: "61 * * * *"}', "15: cache_warming.schedule: minute '61' is not within 0 to 59"),
+        ('{schedule: "hourly"}', "15: cache_warming.schedule: 'hourly' has 1 fields"),
+        ("{schedule: 5}", "15: cache_warming.schedule: expected text"),
+        ("{models: 2}", "15: cache_warming.schedule: missing"),
+        ('{schedule: "0 * * * *", input: 5}', "15: cache_warming.input: unknown key; did you mean 'inputs'"),
+        ('{schedule: "0 * * * *", models: 0}', "15: cache_warming.models: must be greater than or equal to 1"),
+        ('{schedule: "0 * * * *", time_limit_s: "60"}', "15: cache_warming.time_limit_s: "),
+    ],
+)
+def test_a_slip_in_the_schedule_of_warming(tmp_path: Path, warming: str, said: str) -> None:
+    [problem] = refused(f"{SMALL}cache_warming: {warming}\n", tmp_path)
+    assert problem.startswith(said)
+
+
+def test_warming_is_off_unless_it_is_asked_for(tmp_path: Path) -> None:
+    assert load_fleet().cache_warming is None
+    file = tmp_path / "queues.yaml"
+    file.write_text(f'{SMALL}cache_warming: {{schedule: "*/5 * * * mon-fri"}}\n', encoding="utf-8")
+    warming = load_fleet(file).cache_warming
+    assert warming is not None
+    assert (warming.models, warming.inputs, warming.time_limit_s) == (3, 1_000, 60.0)
+
+
 def test_two_models_on_one_alias(tmp_path: Path) -> None:
     text = SMALL.replace("images:\n  nlp:", '  echo:\n    source: "builtin:two"\nimages:\n  nlp:')
     assert refused(text, tmp_path) == ["9: models.echo: duplicate key; it is first on line 3"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import math
+import re
 from datetime import date, datetime, timedelta
 from decimal import Decimal
 from typing import Any
@@ -238,6 +239,25 @@ def test_a_bad_parameter_is_named(task: str, params: dict[str, Any], said: str) 
         check_params(task, params, LIMITS)
     assert said in str(caught.value)
     assert len(str(caught.value)) < 300
+
+
+@pytest.mark.parametrize(
+    ("params", "said"),
+    [
+        ({"dimensions": 0}, "parameter 'dimensions' is 0"),
+        ({"dimensions": "64"}, "parameter 'dimensions' is '64'"),
+        ({"dimensions": 64.0}, "parameter 'dimensions' is 64.0"),
+        ({"dimensions": True}, "parameter 'dimensions' is True"),
+        ({"encoding": "int4"}, "'float32', 'int8' or 'binary'"),
+        ({"dimensions": 385}, "dimensions is 385, over the 384 of model 'minilm'"),
+        ({"dimensions": 100, "encoding": "binary"}, "multiple of 8"),
+    ],
+)
+def test_a_form_that_an_embedding_cannot_have_is_refused(params: dict[str, Any], said: str) -> None:
+    with pytest.raises(InvalidParameter, match=re.escape(said)):
+        check_params("embed", params, Limits(dimensions=384), "minilm")
+    assert check_params("embed", {"dimensions": 384}, Limits(dimensions=384)) == EmbedParams(dimensions=384)
+    assert check_params("embed", {"dimensions": 385}, Limits()) == EmbedParams(dimensions=385)
 
 
 def test_an_unknown_task_names_the_nearest() -> None:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from cortex_tasks.keys import KEY_BYTES, Address, input_bytes, stored_params
-from cortex_tasks.payloads import ClassifyParams, EmbedParams, ForecastParams, Params, Series, ZeroShotParams
+from cortex_tasks.payloads import ClassifyParams, EmbedParams, Encoding, ForecastParams, Params, Series, ZeroShotParams
 
 texts = st.text(st.characters(exclude_categories=["Cs"]), max_size=40)
 parts = st.tuples(texts, texts, texts, texts, texts)
@@ -77,10 +77,29 @@ def test_series_are_told_apart_by_their_timestamps() -> None:
     assert input_bytes(one) != input_bytes(other)
 
 
-def test_forms_of_one_embedding_are_stored_once() -> None:
-    forms = [EmbedParams(normalize=n, truncate=t) for n in (True, False) for t in (True, False)]
-    stored = {stored_params(form, "sentence_transformers").canonical() for form in forms}
-    assert stored == {EmbedParams(normalize=False).canonical()}
+any_form = st.builds(
+    EmbedParams,
+    normalize=st.booleans(),
+    truncate=st.booleans(),
+    dimensions=st.none() | st.integers(1, 4096),
+    encoding=st.sampled_from(get_args(Encoding)),
+)
+
+
+@given(any_form, texts)
+def test_all_forms_of_one_embedding_share_a_key(form: EmbedParams, text: str) -> None:
+    stored = stored_params(form, "sentence_transformers")
+    assert stored == EmbedParams(normalize=False)
+    own, other = stored.canonical(), EmbedParams(normalize=False).canonical()
+    assert key("embed", "minilm", "r", own, text) == key("embed", "minilm", "r", other, text)
+
+
+@given(any_form, any_form, st.tuples(texts, texts), st.tuples(texts, texts))
+def test_no_form_of_two_models_or_revisions_shares_a_key(
+    one: EmbedParams, other: EmbedParams, here: tuple[str, str], there: tuple[str, str]
+) -> None:
+    first, second = (stored_params(form, "sentence_transformers").canonical() for form in (one, other))
+    assert (key("embed", *here, first, "t") == key("embed", *there, second, "t")) == (here == there)
 
 
 def test_a_model_whose_raw_vector_is_not_known_to_be_the_source_stores_each_form() -> None:

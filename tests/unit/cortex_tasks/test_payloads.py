@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import struct
 from typing import Any
@@ -124,3 +125,18 @@ def test_a_table_needs_pandas_and_says_so(monkeypatch: pytest.MonkeyPatch) -> No
 def test_a_result_of_a_newer_worker_is_refused_not_misread() -> None:
     with pytest.raises(ValidationError):
         p.Embedding.model_validate({**HEAD, "data": b"", "colour": "blue"})
+
+
+def test_an_unchecked_result_is_like_any_other() -> None:
+    fields: dict[str, Any] = {
+        "model": "m", "revision": "r", "timings": p.Timings(), "data": b"\0" * 8, "truncated": False,
+        "encoding": "float32", "scale": 1.0,
+    }  # fmt: skip
+    made, plain = p.unchecked(p.Embedding, dict(fields)), p.Embedding(**fields)
+    assert made == plain
+    assert made.model_dump() == plain.model_dump()
+    assert made.model_copy(update={"truncated": True}) == plain.model_copy(update={"truncated": True})
+    assert copy.deepcopy(made) == plain
+    assert repr(made).startswith("Embedding(")
+    with pytest.raises(ValidationError):
+        made.truncated = True

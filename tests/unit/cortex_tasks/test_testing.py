@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import re
+import struct
 import threading
 from typing import Any
 
 import pytest
 
-from cortex_tasks import InferenceFailed, InvalidInput, ModelUnavailable, QueueFull, testing
+from cortex_tasks import InferenceFailed, InvalidInput, InvalidParameter, ModelUnavailable, QueueFull, testing
 from cortex_tasks.catalog import TASKS
 from cortex_tasks.config import FleetConfig, load_fleet
 from cortex_tasks.payloads import EmbedParams, Series
@@ -77,6 +78,19 @@ def test_a_handler_gets_checked_inputs_and_parameters() -> None:
     assert isinstance(first, InferenceFailed)
     assert not isinstance(second, Exception)
     assert second.vector.tolist() == [1.0]
+
+
+def test_a_handlers_vectors_are_given_in_the_form_that_was_asked_for() -> None:
+    def handler(task: str, model: str, inputs: Any, params: Any) -> list[Any]:
+        return [{"data": struct.pack("<2f", 3, 4)} for _ in inputs]
+
+    with testing.fleet(handler) as fleet:
+        client = fleet.client()
+        assert client.embed("a", dimensions=1).vector.tolist() == [1.0]
+        found = client.embed("a", encoding="int8", model="echo")
+        assert (found.codes.tolist(), found.dimensions) == ([95, 127], 2)
+        with pytest.raises(InvalidParameter, match="over the 2 of model 'echo'"):
+            client.embed("a", dimensions=3, model="echo")
 
 
 def test_a_handler_gets_series() -> None:

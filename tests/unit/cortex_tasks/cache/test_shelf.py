@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import struct
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 
@@ -12,8 +13,9 @@ from cortex_tasks.cache.frame import sealed
 from cortex_tasks.cache.names import entry_prefix, generation_key, model_key
 from cortex_tasks.cache.shelf import FRESH_S, Question, Search, Shelf
 from cortex_tasks.catalog import TASKS
+from cortex_tasks.derived import form_of, made
 from cortex_tasks.keys import Address, stored_params
-from cortex_tasks.payloads import EmbedParams, Params, Result
+from cortex_tasks.payloads import Embedding, EmbedParams, Encoding, Params, Result, Timings
 
 
 class World:
@@ -167,6 +169,32 @@ def test_both_forms_of_an_embedding_come_from_one_stored_vector() -> None:
     assert world.ask("a", question=raw)[0] == ([3.0, 4.0], "l2")
     assert world.ask("a", question=scaled)[0] == (pytest.approx([0.6, 0.8]), "near")
     assert world.ask("a", question=raw)[0] == ([3.0, 4.0], "near")
+
+
+@pytest.mark.parametrize("adapter", ["sentence_transformers", "echo"])
+def test_every_form_comes_from_one_stored_vector_as_a_worker_makes_it(adapter: str) -> None:
+    world = World(adapter)
+    world.activate("r1")
+    numbers = [float(number) for number in range(-8, 8)]
+    world.store("a", "r1", *numbers)
+    stored = {"data": struct.pack("<16f", *numbers), "truncated": False}
+    for dimensions, encoding in itertools.product((None, 8, 16), get_args(Encoding)):
+        params = EmbedParams(dimensions=dimensions, encoding=encoding)
+        form = form_of(params, stored_params(params, adapter))
+        wire: Any = made(form, [stored], "m")[0] if form is not None else stored
+        expected = Embedding(model="m", revision="r1", timings=Timings(cached="l2"), **wire)
+        search = Search(world.shelf, world.question(params), ["a"])
+        while names := search.wants():
+            search.hear([world.redis.get(name) for name in names])
+        assert search.found == [expected]
+    assert len(world.shelf.near) == 9
+
+
+def test_more_dimensions_than_the_stored_vector_has_are_a_miss(world: World) -> None:
+    world.store("a", "r1", 1.0, 2.0)
+    world.store("b", "r1", 1.0, 2.0, 3.0)
+    assert world.ask("a", "b", question=world.question(EmbedParams(dimensions=3)))[0] is None
+    assert world.ask("b", question=world.question(EmbedParams(dimensions=3))) == [([1.0, 2.0, 3.0], "near")]
 
 
 def test_what_is_no_vector_of_floats_is_a_miss_alone() -> None:
