@@ -50,6 +50,8 @@ class Chunk(Generic[K]):
     #: None when every input was refused: nothing travels.
     ticket: K | None
     sent: bool
+    #: Handed to the wire. Whether it arrived is not known if that was interrupted.
+    tried: bool = False
 
     @property
     def done(self) -> bool:
@@ -141,13 +143,17 @@ class Window(Generic[K]):
         return inputs
 
     def unsent(self) -> list[Chunk[K]]:
-        """What to publish now, in order."""
-        return self._unsent if self._unsent and self.clock() >= self.retry_at else []
+        """What to publish now, in order; all of it counts as tried."""
+        if not self._unsent or self.clock() < self.retry_at:
+            return []
+        for chunk in self._unsent:
+            chunk.tried = True
+        return self._unsent
 
     def pushed(self, count: int) -> None:
         """The first so many of the unsent were published."""
-        for chunk in self._unsent[:count]:
-            chunk.sent = True
+        for number, chunk in enumerate(self._unsent):
+            chunk.sent = chunk.tried = number < count
         self._unsent = self._unsent[count:]
 
     def full(self, retry_after_s: float) -> None:
@@ -169,7 +175,7 @@ class Window(Generic[K]):
 
     def unfinished(self) -> list[str]:
         """The jobs to cancel when the stream is left early."""
-        return [chunk.draft.id for chunk in self.chunks if chunk.sent and not chunk.done]
+        return [chunk.draft.id for chunk in self.chunks if chunk.tried and not chunk.done]
 
 
 def _count(name: str, value: int | None, default: int) -> int:

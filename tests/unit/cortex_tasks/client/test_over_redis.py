@@ -29,6 +29,7 @@ from cortex_tasks import (
 from cortex_tasks import codec as wire_codec
 from cortex_tasks.config import FleetConfig
 from cortex_tasks.echo import echo_vector
+from cortex_tasks.wire import RedisWire
 from tests.support.fake_worker import FakeWorker, answer_message, write_card
 from tests.support.redis_server import RedisServer, free_port
 from tests.support.worker_process import poll_until
@@ -175,6 +176,28 @@ def test_an_interrupted_map_revokes_what_waits(client: Cortex, raw: Any) -> None
     waiting = [json.loads(message)["headers"]["id"] for message in raw.lrange(wire_codec.queue_key("echo", 9), 0, -1)]
     assert sorted(revoked) == sorted(waiting)
     assert len(waiting) == 3
+
+
+def test_a_push_that_is_interrupted_once_it_has_arrived_is_revoked_too(
+    client: Cortex, raw: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    push = RedisWire.push
+
+    def interrupted(self: RedisWire, *args: Any, **kwargs: Any) -> tuple[int, int]:
+        push(self, *args, **kwargs)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(RedisWire, "push", interrupted)
+    with raw.pubsub() as control:
+        control.subscribe("/0.celery.pidbox")
+        control.get_message(timeout=5)
+        with pytest.raises(KeyboardInterrupt):
+            list(client.map("embed", ["a", "b", "c"], "echo", chunk=1, window=4))
+        heard = control.get_message(timeout=5)
+    revoked = json.loads(json.loads(heard["data"])["body"])["arguments"]["task_id"]
+    waiting = [json.loads(message)["headers"]["id"] for message in raw.lrange(wire_codec.queue_key("echo", 9), 0, -1)]
+    assert waiting
+    assert set(waiting) <= set(revoked)
 
 
 # -------------------------------------------------------------------------------------------- what goes wrong
