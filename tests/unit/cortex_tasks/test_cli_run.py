@@ -210,6 +210,8 @@ def test_ctrl_c_ends_it_and_cancels_what_has_not_started(tmp_path: Path) -> None
         "from cortex_tasks import testing\n"
         "from cortex_tasks.cli import main\n"
         "import cortex_tasks.cli.run as module\n"
+        # A shell that starts the tests in the background has it ignored.
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         "with testing.fleet() as fleet:\n"
         "    fleet.hold()\n"
         "    module.open_client = fleet.client\n"
