@@ -129,8 +129,8 @@ class Entry(NamedTuple):
 
 class FlightTower:
     """One worker's view of all flights. ``owner``: its name, no blanks, unlike all others. Not thread-safe, but that
-    ``store_command`` and ``disown`` may be called by another thread than the rest. ``clock``: monotonic seconds;
-    ``wall_clock``: epoch seconds."""
+    ``store_command``, ``refused`` and ``disown`` may be called by another thread than the rest. ``clock``: monotonic
+    seconds; ``wall_clock``: epoch seconds."""
 
     def __init__(
         self,
@@ -185,6 +185,12 @@ class FlightTower:
         self._lives += 1
         self._owner = f"{self._name}.{self._lives}"
         self._renewed_s = -ALIVE_S
+
+    def refused(self, error: Exception) -> None:
+        """Redis refused what ``store_command`` asked of another connection. The cache has failed, as far as one can
+        tell, and claims stand that nobody gave up."""
+        self._breaker.failed(error)
+        self.disown()
 
     def store_command(self, pipe: Any, entries: Sequence[Entry]) -> None:
         """Let a redis-py pipeline store answers and give up their flights."""

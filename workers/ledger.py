@@ -67,8 +67,7 @@ class Ledger:
         self._aboard = []
         refused = next((reply for reply in replies if isinstance(reply, Exception)), None)
         if refused is not None:
-            logger.warning("Redis refuses to store answers in the cache: %s", refused)
-            self._tower.disown()
+            self._tower.refused(refused)
 
     def turned_back(self) -> None:
         """The pipeline was not sent: its entries wait for the next one."""
@@ -83,5 +82,6 @@ class Ledger:
             if sum(len(entry.frame) + _ENTRY_BYTES for entry in self._entries) <= MOST_BYTES:
                 return
             dropped, self._entries = len(self._entries), []
-        logger.warning("%d answers are not stored: the cache has failed for too long", dropped)
+        # That the cache fails was said when it began, and with a long outage this comes again and again.
+        logger.info("%d answers are not stored: the cache has failed for too long", dropped)
         self._tower.disown()

@@ -7,8 +7,8 @@ something and moves its last element onto itself: a look without a pop. One conn
 the priorities in between are looked at whenever a wait times out.
 
 Entries in ``unacked`` and ``unacked_index`` stay kombu's own, so stock workers restore them and the other way round.
-Needs Redis 6.2 (BLMOVE, RPOP with a count). Touches kombu 5.7's ``redis.Channel`` and
-``MultiChannelPoller``.
+Needs Redis 6.2 (BLMOVE, RPOP with a count). Touches kombu 5.7's ``redis.Channel``,
+``MultiChannelPoller`` and ``_put_fanout``.
 """
 
 from __future__ import annotations

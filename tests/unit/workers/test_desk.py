@@ -35,8 +35,9 @@ class Tower:
             return None
         return [self.known.get(key, 0 if key in self.elsewhere else MINE) for key in keys]
 
-    def store(self, entries: Sequence[Entry]) -> None:
+    def store(self, entries: Sequence[Entry]) -> int:
         self.stored += entries
+        return len(entries)
 
     def store_command(self, pipe: Any, entries: Sequence[Entry]) -> None:
         self.stored += entries

@@ -104,12 +104,17 @@ def test_answers_dropped_for_want_of_room_free_their_flights(bench: Bench, raw: 
     assert_taken_over(bench, raw)
 
 
-def test_answers_that_redis_refuses_free_their_flights(bench: Bench, raw: Any) -> None:
+def test_answers_that_redis_refuses_free_their_flights(
+    bench: Bench, raw: Any, caplog: pytest.LogCaptureFixture
+) -> None:
     assert bench.tower.look("m", [KEY], "interactive") == [MINE]
     bench.ledger.keep([entry()])
     with raw.pipeline(transaction=False) as pipe:
         assert bench.ledger.board(pipe) == 1
-        bench.ledger.arrived([redis.ResponseError("OOM command not allowed")])
+        for _ in range(100):
+            bench.ledger.arrived([redis.ResponseError("OOM command not allowed")])
+    assert caplog.text.count("OOM command not allowed") == 1, "one line, however often it happens"
+    assert bench.tower.look("m", [OTHER], "interactive") is None, "the cache is skipped"
     assert_taken_over(bench, raw)
 
 
