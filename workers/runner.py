@@ -18,6 +18,7 @@ from cortex_tasks.errors import CortexError
 from workers.adapters import Item
 from workers.admission import Admission, Events, Slot, fail_inside
 from workers.batching import Batch
+from workers.placement import Placement
 from workers.registry import Model, Registry
 from workers.runtime import Job, forward_isolating
 
@@ -56,6 +57,7 @@ class Runner(threading.Thread):
         self._stopping = False
         self._stop_grace_s = stop_grace_s
         self._usual_pass_s = 0.0
+        self._placement = Placement()
         #: The forward pass that is running; None between passes. Replaced as a whole, for the watchdog's thread.
         self.running: Running | None = None
 
@@ -149,7 +151,8 @@ class Runner(threading.Thread):
         self._start(slots)
         started_s = time.perf_counter()
         try:
-            outcomes = self._forward(model, batch, slots)
+            with self._placement:
+                outcomes = self._forward(model, batch, slots)
         finally:
             self.running = None
         for slot in slots:
