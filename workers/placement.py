@@ -171,6 +171,6 @@ def _cpu_ns(thread: int) -> int:
 def _name_thread(name: str) -> bool:
     """Name the calling thread for the kernel (15 characters at most); whether that worked."""
     try:
-        return _libc().prctl(_PR_SET_NAME, name.encode(), 0, 0, 0) == 0
+        return bool(_libc().prctl(_PR_SET_NAME, name.encode(), 0, 0, 0) == 0)
     except (AttributeError, OSError):  # another C library
         return False
