@@ -1,13 +1,14 @@
 """BERT's encoder as plain functions over the library's own parameters: the same sums with less around them.
 
-Linear and LayerNorm see no padding, GELU and the residual sums are part of oneDNN's products, and attention has a mask
-only where a batch has padding. Nothing is copied: the weights stay the model's own.
+Linear and LayerNorm see no padding, GELU and the residual sums are part of oneDNN's products, and rows of similar
+lengths attend together, without a mask where they are equal. Nothing is copied: the weights stay the model's own.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any, Self
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Final, Self
 
 import torch
 from torch.nn.functional import embedding, layer_norm, scaled_dot_product_attention
@@ -15,7 +16,10 @@ from transformers import BertModel
 
 from workers.engines.onednn import OneDnnLinear
 
-__all__ = ["LeanBert"]
+__all__ = ["LeanBert", "alike"]
+
+#: Pairs of padded tokens times hidden size that take as long as the calls of one more group.
+_WASTE: Final = 4096 * 384
 
 
 class LeanBert:
@@ -46,16 +50,15 @@ class LeanBert:
         """Float32, shape ``(rows, longest, hidden)``, zero at padding; ``features`` as ``Engine.encode`` takes them."""
         mask: torch.Tensor = features["attention_mask"]
         states = self._embed(features["input_ids"], features.get("token_type_ids")).flatten(0, 1)
-        if bool(mask.all()):
-            for layer in self._layers:
-                states = self._layer(layer, states, mask.shape, None, None)
-            return states.view(*mask.shape, self._hidden)
-        real = mask.flatten().nonzero().squeeze(1)
-        states = states[real]
-        attended = mask.bool()[:, None, None, :]
+        lengths = mask.sum(1).tolist()
+        padded = min(lengths) < mask.shape[1]
+        real = mask.flatten().nonzero().squeeze(1) if padded else None
+        states = states if real is None else states[real]
+        groups = [_Group.of(group) for group in alike(lengths, _WASTE // self._hidden)]
         for layer in self._layers:
-            states = self._layer(layer, states, mask.shape, real, attended)
-        return _scattered(states, real, mask.numel()).view(*mask.shape, self._hidden)
+            states = self._layer(layer, states, groups)
+        states = states if real is None else _scattered(states, real, mask.numel())
+        return states.view(*mask.shape, self._hidden)
 
     def _embed(self, ids: torch.Tensor, types: torch.Tensor | None) -> torch.Tensor:
         module = self._embeddings
@@ -64,28 +67,65 @@ class LeanBert:
         states = states + (type_weight[0] if types is None else embedding(types, type_weight))
         return _normalised(states.add_(module.position_embeddings.weight[: ids.shape[1]]), module.LayerNorm)
 
-    def _layer(
-        self,
-        layer: Any,
-        states: torch.Tensor,
-        shape: torch.Size,
-        real: torch.Tensor | None,
-        attended: torch.Tensor | None,
-    ) -> torch.Tensor:
-        """``states``: a row a real token. ``real``: their places among all tokens; None without padding."""
+    def _layer(self, layer: Any, states: torch.Tensor, groups: Sequence[_Group]) -> torch.Tensor:
+        """``states``: a row a token, padding excluded."""
         own, after = layer.attention.self, layer.attention.output
-        query, key, value = (self._by_head(part(states), shape, real) for part in (own.query, own.key, own.value))
-        context = scaled_dot_product_attention(query, key, value, attn_mask=attended)
-        context = context.transpose(1, 2).reshape(-1, self._hidden)
-        if real is not None:
-            context = context[real]
+        parts = [linear(states) for linear in (own.query, own.key, own.value)]
+        sizes = [group.tokens for group in groups]
+        by_group = zip(groups, *(part.split(sizes) for part in parts), strict=True)
+        contexts = [self._attend(*group) for group in by_group]
+        context = contexts[0] if len(contexts) == 1 else torch.cat(contexts)
         states = _normalised(_sum(after.dense, context, states), after.LayerNorm)
         return _normalised(_sum(layer.output.dense, _gelu(layer.intermediate.dense, states), states),
                            layer.output.LayerNorm)  # fmt: skip
 
-    def _by_head(self, part: torch.Tensor, shape: torch.Size, real: torch.Tensor | None) -> torch.Tensor:
-        padded = part if real is None else _scattered(part, real, shape.numel())
-        return padded.view(*shape, self._heads, -1).transpose(1, 2)
+    def _attend(self, group: _Group, *parts: torch.Tensor) -> torch.Tensor:
+        """The context of a group's tokens by their queries, keys and values."""
+        padded = parts if group.padding is None else [part[group.padding] for part in parts]
+        shape = (group.rows, -1, self._heads, self._hidden // self._heads)
+        query, key, value = (part.view(shape).transpose(1, 2) for part in padded)
+        context = scaled_dot_product_attention(query, key, value, attn_mask=group.mask)
+        context = context.transpose(1, 2).reshape(-1, self._hidden)
+        return context if group.real is None else context[group.real]
+
+
+def alike(lengths: Sequence[int], waste: float) -> list[Sequence[int]]:
+    """Consecutive rows, by their lengths in tokens, in groups whose attention pads little.
+
+    ``waste``: pairs of tokens that a group may compute in vain.
+    """
+    groups, first, longest, pairs = [], 0, 0, 0
+    for at, length in enumerate(lengths):
+        longest, pairs = max(longest, length), pairs + length * length
+        if (at + 1 - first) * longest * longest - pairs > waste:
+            groups.append(lengths[first:at])
+            first, longest, pairs = at, length, length * length
+    return [*groups, lengths[first:]]
+
+
+@dataclass(frozen=True, slots=True)
+class _Group:
+    """Rows that attend as one padded batch."""
+
+    rows: int
+    tokens: int
+    #: The token at each place of the padded rows, the row's last at padding; int64, shape ``(rows * longest,)``. None
+    #: without padding, as the following.
+    padding: torch.Tensor | None
+    #: Where the tokens are among the padded ones; int64, shape ``(tokens,)``.
+    real: torch.Tensor | None
+    #: Bool, shape ``(rows, 1, 1, longest)``.
+    mask: torch.Tensor | None
+
+    @classmethod
+    def of(cls, lengths: Sequence[int]) -> Self:
+        rows, longest, tokens = len(lengths), max(lengths), sum(lengths)
+        if rows * longest == tokens:
+            return cls(rows, tokens, None, None, None)
+        sizes, places = torch.tensor(lengths)[:, None], torch.arange(longest)[None]
+        padding = (sizes.cumsum(0) - sizes + places.minimum(sizes - 1)).flatten()
+        mask = places < sizes
+        return cls(rows, tokens, padding, mask.flatten().nonzero().squeeze(1), mask[:, None, None, :])
 
 
 def _scattered(rows: torch.Tensor, places: torch.Tensor, count: int) -> torch.Tensor:

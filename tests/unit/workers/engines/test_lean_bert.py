@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from transformers import BertConfig, BertModel, DistilBertConfig, DistilBertModel
 
-from workers.engines.lean_bert import LeanBert
+from workers.engines import lean_bert
+from workers.engines.lean_bert import LeanBert, alike
 from workers.engines.onednn import use_onednn
 
 pytestmark = pytest.mark.models
@@ -32,8 +36,13 @@ def _features(lengths: list[int], *, types: bool = True) -> dict[str, torch.Tens
 
 
 @pytest.mark.parametrize("types", [True, False])
-@pytest.mark.parametrize("lengths", [[1], [40], [7, 7, 7], [1, 40], [3, 9, 5, 9, 1]])
-def test_it_computes_what_the_library_does(lengths: list[int], types: bool) -> None:
+@pytest.mark.parametrize("lengths", [[1], [40], [7, 7, 7], [1, 40], [3, 9, 5, 9, 1], [1, 1, 2, 5, 5, 20, 21, 40]])
+@pytest.mark.parametrize("waste", [0, 30 * 32, 10**9])
+def test_it_computes_what_the_library_does(
+    lengths: list[int], types: bool, waste: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In one group, in some, and in one for each change of length."""
+    monkeypatch.setattr(lean_bert, "_WASTE", waste)
     model, features = _bert(), _features(lengths, types=types)
     mask = features["attention_mask"][..., None]
     with torch.inference_mode():
@@ -43,6 +52,17 @@ def test_it_computes_what_the_library_does(lengths: list[int], types: bool) -> N
         assert lean is not None
         states = lean(features)
     torch.testing.assert_close(states, expected, atol=2e-5, rtol=1e-5)
+
+
+@given(st.lists(st.integers(1, 512), min_size=1, max_size=80), st.integers(0, 10**6))
+def test_groups_hold_every_row_once_and_waste_no_more_than_allowed(lengths: list[int], waste: int) -> None:
+    groups = alike(lengths, waste)
+    assert [length for group in groups for length in group] == lengths
+    for group in groups:
+        assert len(group) * max(group) ** 2 - sum(length * length for length in group) <= waste
+    for group, after in pairwise(groups):
+        larger = [*group, after[0]]
+        assert len(larger) * max(larger) ** 2 - sum(length * length for length in larger) > waste
 
 
 def test_it_copies_no_weights() -> None:
