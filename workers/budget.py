@@ -9,6 +9,7 @@ Pure: no clock, no randomness.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Final
@@ -95,24 +96,30 @@ class BudgetLearner:
             return self._steps[self._trying]
         return self.best_tokens
 
-    def calibrate(self, run: Callable[[int], float], budget_s: float, clock: Callable[[], float]) -> None:
-        """Measure budgets from small to large until it clearly gets worse, then the best and its neighbours again,
-        until ``budget_s`` is spent. Of several rates of a budget the best counts: what else runs here only slows.
+    def calibrate(
+        self, run: Callable[[int], float], budget_s: float, clock: Callable[[], float], *, most_tokens: float = math.inf
+    ) -> None:
+        """Measure budgets from small to large until it gets no better, then the best and its neighbours again, until
+        ``budget_s`` is spent. Of several rates of a budget the best counts: what else runs here only slows.
 
-        ``run(tokens)`` runs a full batch of about so many tokens and returns tokens of texts a second.
+        ``run(tokens)`` runs a full batch of about so many tokens and returns tokens of texts a second. ``most_tokens``:
+        its batches grow no larger.
         """
         until_s = clock() + budget_s
-        best, worse = 0.0, 0
-        for step in self._steps:
+        best, no_better = 0.0, 0
+        growing = sum(step < most_tokens for step in self._steps) + 1
+        for step in self._steps[:growing]:
             rate = self._try(run, step)
-            best = max(best, rate)
+            if rate > best * _MARGIN:
+                best, no_better = rate, 0
+            else:
+                no_better += 1
             # One slow measurement may be chance.
-            worse = worse + 1 if rate < 0.8 * best else 0
-            if worse == 2 or clock() > until_s:
+            if no_better == 2 or clock() > until_s:
                 break
         self._choose(step for step in self._steps if self._seen[step].count)
         for _ in range(_CALIBRATE_ROUNDS):
-            for step in self._steps[max(0, self._best - 1) : self._best + 2]:
+            for step in self._steps[max(0, self._best - 1) : min(self._best + 2, growing)]:
                 if clock() > until_s:
                     return
                 self._try(run, step)

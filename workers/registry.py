@@ -294,7 +294,8 @@ class Registry:
             adapter.forward(task, batch, params)
             return len(batch) * longest.cost_tokens / max(self._clock() - started_s, 1e-9)
 
-        learner.calibrate(run, _CALIBRATE_S, self._clock)
+        most_tokens = config.batching.max_items * longest.cost_tokens
+        learner.calibrate(run, _CALIBRATE_S, self._clock, most_tokens=most_tokens)
         return learner
 
     def _host(self, config: ModelConfig, context: LoadContext) -> Adapter:

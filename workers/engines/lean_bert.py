@@ -23,13 +23,17 @@ _WASTE: Final = 4096 * 384
 
 
 class LeanBert:
-    """Hidden states of a ``BertModel`` on a CPU in float32."""
+    """Hidden states of a ``BertModel`` on a CPU in float32. Several threads may use it at once."""
+
+    #: Of the features; there may be more.
+    reads: Final = frozenset({"input_ids", "token_type_ids", "attention_mask"})
 
     def __init__(self, model: Any) -> None:
         self._embeddings = model.embeddings
         self._layers = list(model.encoder.layer)
         self._heads: int = model.config.num_attention_heads
-        self._hidden: int = model.config.hidden_size
+        #: Size of a token's state.
+        self.hidden: int = model.config.hidden_size
 
     @classmethod
     def of(cls, model: Any) -> Self | None:
@@ -46,6 +50,12 @@ class LeanBert:
         # use_onednn has looked at device, type and library.
         return cls(model) if plain and first is not None and type(first.output.dense) is OneDnnLinear else None
 
+    @property
+    def pair_cost(self) -> float:
+        """What attention between two tokens costs, as a part of what Linear costs for one: 2 h products of 12 h², and
+        half as much again since its own are slower."""
+        return 1 / (4 * self.hidden)
+
     def __call__(self, features: Mapping[str, Any]) -> torch.Tensor:
         """Float32, shape ``(rows, longest, hidden)``, zero at padding; ``features`` as ``Engine.encode`` takes them."""
         mask: torch.Tensor = features["attention_mask"]
@@ -54,11 +64,11 @@ class LeanBert:
         padded = min(lengths) < mask.shape[1]
         real = mask.flatten().nonzero().squeeze(1) if padded else None
         states = states if real is None else states[real]
-        groups = [_Group.of(group) for group in alike(lengths, _WASTE // self._hidden)]
+        groups = [_Group.of(group) for group in alike(lengths, _WASTE // self.hidden)]
         for layer in self._layers:
             states = self._layer(layer, states, groups)
         states = states if real is None else _scattered(states, real, mask.numel())
-        return states.view(*mask.shape, self._hidden)
+        return states.view(*mask.shape, self.hidden)
 
     def _embed(self, ids: torch.Tensor, types: torch.Tensor | None) -> torch.Tensor:
         module = self._embeddings
@@ -82,10 +92,10 @@ class LeanBert:
     def _attend(self, group: _Group, *parts: torch.Tensor) -> torch.Tensor:
         """The context of a group's tokens by their queries, keys and values."""
         padded = parts if group.padding is None else [part[group.padding] for part in parts]
-        shape = (group.rows, -1, self._heads, self._hidden // self._heads)
+        shape = (group.rows, -1, self._heads, self.hidden // self._heads)
         query, key, value = (part.view(shape).transpose(1, 2) for part in padded)
         context = scaled_dot_product_attention(query, key, value, attn_mask=group.mask)
-        context = context.transpose(1, 2).reshape(-1, self._hidden)
+        context = context.transpose(1, 2).reshape(-1, self.hidden)
         return context if group.real is None else context[group.real]
 
 

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from workers.engines.lean_bert import LeanBert
+from workers.engines.side_by_side import SideBySide
 
 __all__ = ["TorchEngine"]
 
@@ -28,6 +29,7 @@ class TorchEngine:
         self._transformer = transformer
         self._output = output
         self._lean = LeanBert.of(getattr(transformer, "model", None)) if lean else None
+        self._side_by_side = SideBySide(torch.get_num_threads(), self._lean.pair_cost) if self._lean else None
 
     @property
     def size_bytes(self) -> int:
@@ -35,10 +37,29 @@ class TorchEngine:
         return 0
 
     def encode(self, features: Mapping[str, Any]) -> torch.Tensor:
-        if self._lean is not None:
-            return self._lean(features)
+        if self._lean is not None and self._side_by_side is not None:
+            return self._encode_parts(self._lean, self._side_by_side, features)
         # The library's module may leave more in the dictionary, for a module after it.
         states: torch.Tensor = self._transformer(features)[self._output]
+        return states
+
+    def _encode_parts(
+        self, lean: LeanBert, side_by_side: SideBySide, features: Mapping[str, torch.Tensor]
+    ) -> torch.Tensor:
+        mask = features["attention_mask"]
+        lengths: list[int] = mask.sum(1).tolist()
+        parts = side_by_side.parts(lengths)
+        if len(parts) == 1:
+            return lean(features)
+        states = torch.zeros(*mask.shape, lean.hidden)
+
+        def encode(rows: slice) -> None:
+            longest = max(lengths[rows])
+            states[rows, :longest] = lean(
+                {name: features[name][rows, :longest] for name in lean.reads & features.keys()}
+            )
+
+        side_by_side.run(encode, parts)
         return states
 
     def close(self) -> None:

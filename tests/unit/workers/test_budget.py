@@ -86,6 +86,33 @@ def test_from_a_bad_start_it_is_near_the_best_within_a_hundred_batches() -> None
     assert rate(learner.best_tokens) >= max(rate(step) for step in candidates(8_192)) / 1.25
 
 
+def test_warm_up_stops_where_it_gets_no_better_and_spends_its_time_on_the_best() -> None:
+    tried: list[int] = []
+
+    def flat(tokens: int) -> float:
+        tried.append(tokens)
+        return 1_000.0 * min(tokens, 1_024) + tokens
+
+    learner = BudgetLearner(16_384)
+    learner.calibrate(flat, budget_s=60, clock=lambda: 0.0)
+    assert tried[:6] == [128, 256, 512, 1_024, 2_048, 4_096]
+    assert set(tried[6:]) == {512, 1_024, 2_048}
+    assert learner.best_tokens == 1_024
+
+
+def test_warm_up_stops_where_batches_grow_no_more() -> None:
+    tried: list[int] = []
+
+    def grow(tokens: int) -> float:
+        tried.append(tokens)
+        return float(tokens)
+
+    learner = BudgetLearner(16_384)
+    learner.calibrate(grow, budget_s=60, clock=lambda: 0.0, most_tokens=1_500)
+    assert tried[:5] == [128, 256, 512, 1_024, 2_048]
+    assert learner.best_tokens == 2_048
+
+
 def test_warm_up_keeps_to_its_time() -> None:
     now = 0.0
 

@@ -185,7 +185,7 @@ def test_a_model_that_fails_its_warm_up_is_closed(registry: Registry) -> None:
 def test_a_model_that_fails_while_its_budget_is_measured_is_closed(monkeypatch: pytest.MonkeyPatch) -> None:
     registry = registry_of(fleet(backend="torch"))
 
-    def fail(*_: Any) -> None:
+    def fail(*_: Any, **__: Any) -> None:
         raise RuntimeError("no memory for so many tokens")
 
     monkeypatch.setattr("workers.registry.BudgetLearner.calibrate", fail)
