@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import redis
 from celery.result import AsyncResult
+from hypothesis import HealthCheck, settings
 
 from cortex_tasks.config import FleetConfig, load_fleet
 from tests.support.redis_server import RedisServer, redis_executable
@@ -21,6 +22,11 @@ calm_openmp()
 # It unsubscribes a result that is collected. A result that outlives its test's Redis would try that for seconds and
 # warn, wherever the collection happens: within ``ast.parse``, CPython 3.11 dies of it.
 del AsyncResult.__del__
+
+
+# How long an example takes depends on what else the machine does: that is no finding.
+settings.register_profile("cortex", deadline=None, suppress_health_check=[HealthCheck.too_slow], print_blob=True)
+settings.load_profile("cortex")
 
 
 @pytest.fixture(scope="session")

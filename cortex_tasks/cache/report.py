@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -17,6 +18,7 @@ from cortex_tasks.cache.names import (
     model_key,
     stats_key,
 )
+from cortex_tasks.cache.shelf import FRESH_S
 
 __all__ = ["CacheReport", "ModelReport", "prometheus", "purge", "read_report"]
 
@@ -125,10 +127,10 @@ def prometheus(report: CacheReport) -> Iterator[str]:
         yield f"cortex_cache_{name} {value}"
 
 
-def purge(redis: Any, alias: str) -> tuple[int, int]:
+def purge(redis: Any, alias: str, *, sleep: Callable[[float], object] = time.sleep) -> tuple[int, int]:
     """Drop a model's answers in small steps; returns how many there were, and their bytes.
 
-    Clients empty their near memory of them within ``shelf.FRESH_S`` of the end.
+    When it returns, no client has them in near memory any more: each has asked what is present since.
     """
     pattern = entry_prefix(alias) + b"*"
     count, size_bytes, cursor = 0, 0, 0
@@ -142,6 +144,7 @@ def purge(redis: Any, alias: str) -> tuple[int, int]:
             break
     # Last: what a client read meanwhile, before its entry was dropped, must not stay in its near memory.
     redis.incr(generation_key(alias))
+    sleep(FRESH_S)
     if count:
         redis.hincrby(stats_key(alias), "purged", count)
     return count, size_bytes

@@ -126,7 +126,7 @@ def _print(report: CacheReport) -> None:
 @click.argument("model")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def purge(model: str, as_json: bool) -> None:
-    """Drop MODEL's answers, in small steps that hold nobody up. Clients forget theirs within half a second."""
+    """Drop MODEL's answers, in small steps that hold nobody up. When it is done, no client serves them any more."""
     from cortex_tasks.cache import report
 
     fleet = load_fleet()

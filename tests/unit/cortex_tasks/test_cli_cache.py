@@ -20,6 +20,7 @@ from cortex_tasks.cache.names import (
     stats_key,
 )
 from cortex_tasks.cache.report import purge
+from cortex_tasks.cache.shelf import FRESH_S
 from cortex_tasks.cli import main
 from cortex_tasks.presence import WORKERS_KEY, worker_key
 from tests.support.fake_worker import write_card
@@ -120,8 +121,20 @@ def test_a_purge_goes_in_small_steps(raw: Any, monkeypatch: pytest.MonkeyPatch) 
         return plain(script, count, *arguments)
 
     monkeypatch.setattr(raw, "eval", noting)
-    assert purge(raw, "minilm")[0] == 3_000
+    assert purge(raw, "minilm", sleep=lambda _: None)[0] == 3_000
     assert max(dropped) <= 100
+
+
+def test_a_purge_ends_when_no_client_can_serve_what_it_dropped(raw: Any) -> None:
+    store(raw, "minilm", 3)
+    waited: list[tuple[float, int, int]] = []
+
+    def sleep(seconds: float) -> None:
+        left = len(list(raw.scan_iter(match=entry_prefix("minilm") + b"*")))
+        waited.append((seconds, left, int(raw.get(generation_key("minilm")))))
+
+    purge(raw, "minilm", sleep=sleep)
+    assert waited == [(FRESH_S, 0, 1)]
 
 
 def test_a_model_that_is_not_there_is_refused_with_the_nearest_name(redis_url: str) -> None:
