@@ -50,6 +50,12 @@ class Engine:
         found: dict[str, Any] = json.loads(self.docker("inspect", name))[0]
         return found
 
+    def logs(self, name: str) -> str:
+        """All that a container has written, to stdout and stderr."""
+        done = subprocess.run([*self.prefix, "logs", name], env={**os.environ, **self.env},
+                              capture_output=True, text=True, timeout=60, check=True)  # fmt: skip
+        return done.stdout + done.stderr
+
     def build(self, context: Path, tag: str, file: Path, *options: str) -> str:
         """Build an image; returns the log."""
         options = (*options, "--progress", "plain")

@@ -62,9 +62,9 @@ class ImagesFleet:
         workers = dict.fromkeys(("nlp", "ml", "metrics"), mounted)
         self._override.write_text(yaml.safe_dump({"services": workers}), encoding="utf-8")
 
-    def compose(self, *arguments: str, limit_s: float = 600) -> str:
+    def compose(self, *arguments: str, profile: str = "full", limit_s: float = 600) -> str:
         files = ("-f", str(COMPOSE_FILE), "-f", str(self._override))
-        return self.engine.docker("compose", "-p", self.project, *files, "--profile", "full", *arguments,
+        return self.engine.docker("compose", "-p", self.project, *files, "--profile", profile, *arguments,
                                   limit_s=limit_s)  # fmt: skip
 
     def up(self) -> None:
@@ -99,8 +99,17 @@ class ImagesFleet:
         return Cortex(fleet=self.config, settings=self.settings(), timeout_s=timeout_s)
 
     @contextmanager
-    def one_more(self, image: str, tag: str, source: Path) -> Iterator[str]:
-        """Another container of this fleet, with a checkout at /src; gives its name."""
+    def profile(self, worker: str) -> Iterator[None]:
+        """The worker of another profile beside the rest, healthy."""
+        try:
+            self.compose("up", "-d", "--no-build", "--wait", worker, profile=worker)
+            yield
+        finally:
+            self.compose("rm", "--stop", "--force", worker, profile=worker)
+
+    @contextmanager
+    def one_more(self, image: str, tag: str, *options: str) -> Iterator[str]:
+        """Another container of this fleet, with more options of ``docker run``; gives its name."""
         name = f"{self.project}-{image}-1"
         of_worker = self.engine.inspect(self.container("nlp", 2))["Config"]["Env"]
         variables = [text for text in of_worker if text.startswith(("CORTEX_BROKER", "CORTEX_CACHE"))]
@@ -110,7 +119,7 @@ class ImagesFleet:
         secrets = [part for file in passwords for part in ("-v", f"{SECRETS / file}:/run/secrets/{file}:ro")]
         self.engine.docker("run", "-d", "--name", name, "--network", f"{self.project}_fleet", "--read-only",
                            "--cap-drop", "ALL", "--security-opt", "no-new-privileges", "--tmpfs", "/tmp:size=256m",
-                           *secrets, "-v", f"{source}:/src:ro", *flags, tag)  # fmt: skip
+                           *secrets, *options, *flags, tag)  # fmt: skip
         try:
             yield name
         finally:

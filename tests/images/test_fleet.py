@@ -6,6 +6,7 @@ import json
 import shutil
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any, Final
 
 import httpx
@@ -197,24 +198,91 @@ def test_a_worker_that_stands_still_is_unhealthy(fleet: ImagesFleet) -> None:
     poll_until(lambda: fleet.state("nlp", 2)["Health"]["Status"] == "healthy", "it is well again", VERDICT_S)
 
 
+def ready(client: redis.Redis, image: str) -> list[WorkerCard]:
+    return [card for card in read_cards(client) if card.image == image and card.state == "ready"]
+
+
+@pytest.fixture
+def broker(fleet: ImagesFleet) -> Iterator[redis.Redis]:
+    with redis.Redis.from_url(fleet.settings().broker) as client:
+        yield client
+
+
 def test_the_development_image_starts_anew_when_a_file_changes(
-    fleet: ImagesFleet, images: dict[str, str], tmp_path_factory: pytest.TempPathFactory
+    fleet: ImagesFleet, images: dict[str, str], broker: redis.Redis, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     source = tmp_path_factory.mktemp("src")
     source.chmod(0o755)
     for name in ("cortex_tasks", "workers"):
         shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
-    queues = source / "queues.yaml"
+    queues, code = source / "queues.yaml", source / "workers" / "sizing.py"
     shutil.copy2(ROOT / "queues.yaml", queues)
-    with redis.Redis.from_url(fleet.settings().broker) as client, fleet.one_more("dev", images["dev"], source):
 
-        def cards() -> list[WorkerCard]:
-            return [card for card in read_cards(client) if card.image == "dev" and card.state == "ready"]
+    def change(file: Path, old: str, new: str) -> None:
+        before = file.read_text(encoding="utf-8")
+        assert old in before
+        fresh = file.with_suffix(".fresh")
+        fresh.write_text(before.replace(old, new), encoding="utf-8")
+        fresh.replace(file)
 
-        (first,) = poll_until(cards, "the worker is ready", PATIENCE_S)
-        changed = queues.read_text(encoding="utf-8").replace("queue: prophet", "queue: series")
-        fresh = source / "queues.fresh"
-        fresh.write_text(changed.replace("prophet]", "series]"), encoding="utf-8")
-        fresh.replace(queues)
-        poll_until(lambda: any("series" in card.queues for card in cards()), "it has read queues.yaml", PATIENCE_S)
-        assert first.pid not in {card.pid for card in cards()}
+    with fleet.one_more("dev", images["dev"], "-v", f"{source}:/src:ro") as name:
+        (first,) = poll_until(lambda: ready(broker, "dev"), "the worker is ready", PATIENCE_S)
+        change(queues, "queue: prophet", "queue: series")
+        change(queues, "prophet]", "series]")
+
+        def reads_series() -> list[WorkerCard]:
+            return [card for card in ready(broker, "dev") if "series" in card.queues]
+
+        (second,) = poll_until(reads_series, "it has read queues.yaml", PATIENCE_S)
+        assert second.pid != first.pid
+        change(code, '"models": memory.model_cache', '"models, as changed": memory.model_cache')
+
+        def says_so() -> bool:
+            # Also what it writes to stderr, where its log is.
+            return "models, as changed" in fleet.engine.logs(name)
+
+        poll_until(says_so, "it runs the changed code", PATIENCE_S)
+        anew = poll_until(
+            lambda: [card for card in reads_series() if card.pid != second.pid], "it is ready again", PATIENCE_S
+        )
+        assert anew[0].pid != first.pid
+
+
+@pytest.mark.parametrize("worker", ["prod", "dev"])
+def test_the_workers_of_other_profiles_start_and_answer(fleet: ImagesFleet, broker: redis.Redis, worker: str) -> None:
+    """Beside the others, whom it takes work from: only what its own card counts is proof."""
+    with fleet.profile(worker), fleet.client() as cortex:
+        (card,) = poll_until(lambda: ready(broker, worker), "its card", PATIENCE_S)
+        assert set(card.queues) >= set(fleet.config.images[worker].queues) - {"glutton"}
+
+        def has_answered() -> bool:
+            all_answered(submitted(cortex, f"for {worker}", 64))
+            (now,) = ready(broker, worker)
+            return sum(model.jobs for model in now.models) > 0
+
+        poll_until(has_answered, "it answers jobs", PATIENCE_S)
+        assert fleet.state(worker)["Health"]["Status"] == "healthy"
+
+
+def test_a_worker_keeps_within_a_container_that_is_smaller_than_queues_yaml_says(
+    fleet: ImagesFleet, images: dict[str, str], broker: redis.Redis
+) -> None:
+    limits = ("--memory", "2g", "--memory-swap", "2g", "--cpus", "1", "--hostname", "small")
+    with fleet.one_more("small", images["nlp"], *limits) as name, fleet.client() as cortex:
+        (card,) = poll_until(
+            lambda: [card for card in ready(broker, "nlp") if card.host == "small"], "its card", PATIENCE_S
+        )
+        usual = next(card for card in ready(broker, "nlp") if card.host != "small")
+        assert 0 < card.memory_limit_bytes < usual.memory_limit_bytes
+        said = fleet.engine.logs(name)
+        assert ": 1 threads; models " in said
+        assert "less than queues.yaml says" in said
+
+        def has_answered() -> bool:
+            all_answered(submitted(cortex, "in little room", 64))
+            (now,) = (card for card in ready(broker, "nlp") if card.host == "small")
+            return sum(model.jobs for model in now.models) > 0
+
+        poll_until(has_answered, "it answers jobs", PATIENCE_S)
+        state = fleet.engine.inspect(name)["State"]
+        assert (state["Status"], state["OOMKilled"]) == ("running", False)
