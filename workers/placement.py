@@ -91,14 +91,14 @@ class Placement:
         if self._passes <= _FIRST_PASSES or self._passes % _EVERY_PASSES == 0:
             self._look()
         if self._apart:
-            os.sched_setaffinity(0, self._all)
+            _move(0, self._all)
         _name_thread(self._idle_name)
         self._ended_s = self._clock()
 
     def _begin(self) -> None:
         self._all = os.sched_getaffinity(0)
         self._idle_name = _thread_name(threading.get_native_id()) or "cortex"
-        self._on = len(self._all) > 1 and _name_thread(self._own_name)
+        self._on = len(self._all) > 1 and _TASKS.is_dir() and _name_thread(self._own_name)
 
     def _spread(self, *, apart: bool) -> None:
         """Put this thread and its helpers apart, or let all of them run anywhere."""
@@ -120,15 +120,13 @@ class Placement:
     def _forget(self) -> None:
         """A helper has ended or may not be moved: none is known any more, and what is left runs anywhere."""
         for thread in (0, *self._helpers):
-            with contextlib.suppress(OSError):
-                os.sched_setaffinity(thread, self._all)
+            _move(thread, self._all)
         self._helpers, self._sets, self._apart = [], [], False
 
     def _look(self) -> None:
         helpers, others = self._find()
         for thread in others:
-            with contextlib.suppress(OSError):
-                os.sched_setaffinity(thread, self._all)
+            _move(thread, self._all)
         if helpers == self._helpers:
             return
         self._changes += 1
@@ -147,6 +145,12 @@ class Placement:
         least_ns = max(spent_ns.values(), default=0) * _COMPUTES
         helpers = [task for task, ns in spent_ns.items() if ns >= least_ns]
         return helpers, [task for task in spent_ns if task not in helpers]
+
+
+def _move(thread: int, cpus: set[int]) -> None:
+    """Where that is possible: it may have ended, and the process may use other CPUs by now."""
+    with contextlib.suppress(OSError):
+        os.sched_setaffinity(thread, cpus)
 
 
 @cache

@@ -227,6 +227,38 @@ def test_a_failed_pass_gives_its_cpus_back(runner: Runner) -> None:
 
 
 @needs_cpus
+def test_a_kernel_that_refuses_costs_no_pass(
+    runner: Runner, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def refuse(*_: object) -> None:
+        raise PermissionError(1, "Operation not permitted")
+
+    runner.passes(after_s=1, starts=1)
+    monkeypatch.setattr(os, "sched_setaffinity", refuse)
+    for _ in range(3):
+        assert runner.passes(after_s=1) == ALL
+    assert [record.levelname for record in caplog.records] == ["WARNING"]
+
+
+@needs_cpus
+def test_cpus_that_are_gone_after_a_pass_cost_nothing(runner: Runner, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As when the container is moved to other CPUs meanwhile."""
+    runner.passes(after_s=1, starts=1)
+    plain = os.sched_setaffinity
+
+    def refuse(thread: int, cpus: set[int]) -> None:
+        if cpus == ALL:
+            raise OSError(22, "Invalid argument")
+        plain(thread, cpus)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "sched_setaffinity", refuse)
+        assert runner.passes(after_s=1) < ALL
+    runner.passes(after_s=1)
+    assert runner.idle_cpus == ALL
+
+
+@needs_cpus
 @pytest.mark.parametrize("name", ["OMP_PROC_BIND", "OMP_PLACES", "GOMP_CPU_AFFINITY", "KMP_AFFINITY"])
 def test_who_places_openmp_threads_by_the_environment_is_left_alone(name: str) -> None:
     runner = Runner(**{name: "anything"})
