@@ -113,6 +113,27 @@ def test_a_monitor_hears_of_the_very_next_event(bench: Bench) -> None:
     assert bench.turn("eighth") == ["eighth"]
 
 
+def test_the_question_waits_for_the_end_of_the_turn(bench: Bench) -> None:
+    bench.turn("first")
+    before, turns = published(bench), bench.turns
+    bench.dispatcher.send("task-received", uuid="second")
+    assert published(bench) == before
+    assert bench.turns == turns + 1, "the hub is asked to flush at the end of its turn"
+    bench.dispatcher.flush()
+    assert published(bench) == before + 1
+
+
+def test_what_is_held_back_stays_bounded(bench: Bench) -> None:
+    bench.turn("first")
+    before = published(bench)
+    for n in range(2_500):
+        bench.dispatcher.send("task-received", uuid=str(n))
+        assert len(bench.dispatcher._held) < 1_000
+    assert published(bench) == before + 2
+    bench.listen()
+    assert bench.turn("last")[-1] == "last"
+
+
 def test_the_workers_own_events_are_sent_whoever_listens(bench: Bench) -> None:
     bench.turn("first")
     before = published(bench)
