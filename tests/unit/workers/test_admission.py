@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import pytest
@@ -145,13 +145,18 @@ class Loads(Registry):
 
 
 @pytest.fixture
-def loading() -> tuple[Bench, Loads]:
+def loading() -> Iterator[tuple[Bench, Loads]]:
     bench = Bench()
     bench.registry.__class__ = Loads
     registry = bench.registry
     assert isinstance(registry, Loads)
     registry.gate = threading.Event()
-    return bench, registry
+    yield bench, registry
+    # Else a thread would wait on.
+    registry.gate.set()
+    for thread in threading.enumerate():
+        if thread.name.startswith("load-"):
+            thread.join(PATIENCE_S)
 
 
 def test_jobs_of_a_model_that_loads_wait_and_block_nobody(loading: tuple[Bench, Loads]) -> None:

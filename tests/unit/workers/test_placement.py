@@ -274,11 +274,11 @@ def test_who_places_openmp_threads_by_the_environment_is_left_alone(name: str) -
 def test_torch_s_threads_are_found(runner: Runner) -> None:
     import torch
 
-    if torch.get_num_threads() < 2:
-        pytest.skip("torch computes with one thread here")
     square = torch.rand(600, 600)
+    before = torch.get_num_threads()
 
     def compute() -> set[int]:
+        torch.set_num_threads(2)
         with runner.placement:
             torch.mm(square, square).sigmoid_()
             return os.sched_getaffinity(0)
@@ -287,6 +287,7 @@ def test_torch_s_threads_are_found(runner: Runner) -> None:
     for _ in range(3):
         runner.time.now_s += 1
         cpus = runner.do(compute)
+    torch.set_num_threads(before)  # what threads to come begin with
     threads = {int(task): os.sched_getaffinity(int(task)) for task in os.listdir("/proc/self/task")}
     apart = [found for found in threads.values() if found != ALL]
     assert cpus != ALL
