@@ -2,8 +2,8 @@
 
 All threads on one operation after the other meet at a barrier after each: every one then waits for the slowest, which
 on shared cores is the one that another program keeps from running. Parts meet once, at the end. Measured
-(docs/performance-engines.md): up to 1.16 times the tokens a second on idle cores, 1.1 to 1.2 times on cores that others
-use too. A small batch has too little for that, and is faster with all threads on it.
+(docs/performance-engines.md): 1.05 to 1.2 times the tokens a second on idle cores, 1.1 to 1.3 times on cores that
+others use too. A small batch has too little for that, and is faster with all threads on it.
 """
 
 from __future__ import annotations
