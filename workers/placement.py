@@ -125,7 +125,8 @@ class Placement:
 
     def _look(self) -> None:
         helpers, others = self._find()
-        for thread in others:
+        # A new thread has got the CPUs of who started it.
+        for thread in (*others, *(new for new in helpers if new not in self._helpers)):
             _move(thread, self._all)
         if helpers == self._helpers:
             return
@@ -138,7 +139,7 @@ class Placement:
 
     def _find(self) -> tuple[list[int], list[int]]:
         """The ids, oldest first, of the threads that were started while a pass ran: those that compute, and others
-        (a progress bar's), which have got the CPUs of who started them."""
+        (a progress bar's)."""
         own = threading.get_native_id()
         tasks = sorted(int(task) for task in os.listdir(_TASKS))
         spent_ns = {task: _cpu_ns(task) for task in tasks if task != own and _thread_name(task) == self._own_name}

@@ -47,6 +47,9 @@ class SideBySide:
         costs, in tokens."""
         self._threads = threads
         self._pair_cost = pair_cost
+        if threads > 1:
+            # Not first in a pass: threads that start there count as OpenMP's helpers, and are placed like them.
+            _pool(threads)
 
     def parts(self, lengths: Sequence[int]) -> list[slice]:
         """The parts for rows of so many tokens; one where all threads had better compute the whole."""

@@ -188,6 +188,14 @@ def test_more_threads_than_cpus_are_left_alone(runner: Runner) -> None:
 
 
 @needs_cpus
+def test_threads_that_start_in_a_placed_pass_are_not_left_on_its_cpus(runner: Runner) -> None:
+    runner.passes(after_s=1, starts=1)
+    assert runner.passes(after_s=1, starts=len(ALL)) != ALL
+    assert runner.passes(after_s=1) == ALL
+    assert [helper.cpus for helper in runner.helpers] == [ALL] * (len(ALL) + 1)
+
+
+@needs_cpus
 def test_a_helper_that_has_ended_is_forgotten_and_the_next_found(runner: Runner) -> None:
     runner.passes(after_s=1, starts=1)
     runner.helpers[0].end()
