@@ -1,5 +1,8 @@
 """Result backend: the results of a batch in one round trip, and one message a client that carries or announces them.
 
+Where broker and results are one Redis, a plain job's claim on its message ends in the same script that stores its
+answer: there is no moment at which the one has happened and the other has not.
+
 Touches ``RedisBackend._store_result`` (celery 5.7): the buffered path leaves out its GET, which keeps a late
 duplicate from overwriting a success. Ours are idempotent: a second run of a job gives the same answer.
 """
@@ -18,6 +21,7 @@ from celery.backends.redis import RedisBackend
 
 from cortex_tasks.codec import REPLY_MAGIC, Answer, is_reply_channel, result_key
 from cortex_tasks.errors import InferenceFailed
+from workers.celery_hooks.leases import UNACKED_KEYS
 
 __all__ = ["BatchedRedisBackend"]
 
@@ -33,18 +37,22 @@ _CALL_BYTES: Final = 4 * 1024 * 1024
 _CARRIED_BYTES: Final = 64 * 1024
 
 # Store results, publish each on the channel of its key (where a stock AsyncResult listens), and put the results of a
-# client's jobs into one message on its reply channel, as ``codec.read_reply`` reads it.
-# KEYS: the results' keys. ARGV: magic, length of the keys' prefix, longest result that is carried (bytes), then for
-# each result: seconds to live (0: for ever), reply channel ("": none), result.
+# client's jobs into one message on its reply channel, as ``codec.read_reply`` reads it; then acknowledge the jobs'
+# messages.
+# KEYS: kombu's unacked hash and index, the results' keys. ARGV: magic, length of the keys' prefix, longest result that
+# is carried (bytes), then for each result: seconds to live (0: for ever), reply channel ("": none), delivery tag ("":
+# none), result.
 # Returns the first refusal of a publication (a user of an ACL may lack the channel), or "".
 _STORE = """
-local clients, order, refused = {}, {}, ''
+local clients, order, acknowledged, refused = {}, {}, {}, ''
 local function publish(channel, message)
   local reply = redis.pcall('PUBLISH', channel, message)
   if type(reply) == 'table' and reply.err and refused == '' then refused = reply.err end
 end
-for i, key in ipairs(KEYS) do
-  local ttl, channel, result = ARGV[3 * i + 1], ARGV[3 * i + 2], ARGV[3 * i + 3]
+for i = 1, #KEYS - 2 do
+  local key = KEYS[i + 2]
+  local ttl, channel, tag, result = ARGV[4 * i], ARGV[4 * i + 1], ARGV[4 * i + 2], ARGV[4 * i + 3]
+  if tag ~= '' then acknowledged[#acknowledged + 1] = tag end
   if ttl == '0' then
     redis.call('SET', key, result)
   else
@@ -68,6 +76,10 @@ end
 for _, channel in ipairs(order) do
   publish(channel, table.concat(clients[channel]))
 end
+if #acknowledged > 0 then
+  redis.call('HDEL', KEYS[1], unpack(acknowledged))
+  redis.call('ZREM', KEYS[2], unpack(acknowledged))
+end
 return refused
 """
 
@@ -78,6 +90,8 @@ class _Stored(NamedTuple):
     expires_s: int | None
     task_id: str
     reply_to: str | None
+    #: Delivery tag of the message that is acknowledged along with it; "": none is.
+    tag: str = ""
 
 
 class Rider(Protocol):
@@ -135,8 +149,11 @@ class BatchedRedisBackend(RedisBackend):
         finally:
             self._collecting = False
 
-    def collect_success(self, job_id: str, answer: Answer, reply_to: str | None) -> None:
-        """Let a plain job's SUCCESS wait for ``flush``. Raises what ``encode`` raises."""
+    def collect_success(self, job_id: str, answer: Answer, reply_to: str | None, tag: str = "") -> None:
+        """Let a plain job's SUCCESS wait for ``flush``. Raises what ``encode`` raises.
+
+        ``tag``: of the job's message, if it is in this backend's Redis and is to be acknowledged along with it.
+        """
         meta = {
             "status": states.SUCCESS,
             "result": answer,
@@ -146,21 +163,24 @@ class BatchedRedisBackend(RedisBackend):
             "date_done": datetime.now(UTC).isoformat(),
             "task_id": job_id,
         }
-        self._stored.append(_Stored(result_key(job_id), self.encode(meta), self.expires, job_id, reply_to))
+        self._stored.append(_Stored(result_key(job_id), self.encode(meta), self.expires, job_id, reply_to, tag))
 
-    def flush(self) -> None:
-        """Send what was collected, in one round trip but for exceptional sizes. Raises what redis-py raises when
-        something could not be stored, and keeps it for the next try. An announcement that cannot be made is no loss:
-        clients also look."""
+    def flush(self) -> set[str]:
+        """Send what was collected, in one round trip but for exceptional sizes; returns the tags of the messages that
+        were acknowledged along. Raises what redis-py raises when something could not be stored, and keeps it for the
+        next try. An announcement that cannot be made is no loss: clients also look."""
         small = [entry for entry in self._stored if len(entry.payload) <= _SCRIPTED_BYTES]
         large = [entry for entry in self._stored if len(entry.payload) > _SCRIPTED_BYTES]
         self._stored = [*large, *small]
         if large:
             self._flush_large(large)
         del self._stored[: len(large)]
+        acknowledged: set[str] = set()
         for call in _calls(small):
             self._flush_small(call)
+            acknowledged.update(entry.tag for entry in call if entry.tag)
             del self._stored[: len(call)]
+        return acknowledged
 
     def _flush_small(self, stored: Sequence[_Stored]) -> None:
         if self._script is None:
@@ -168,8 +188,8 @@ class BatchedRedisBackend(RedisBackend):
         arguments: list[Any] = [REPLY_MAGIC, len(result_key("")), _CARRIED_BYTES]
         for entry in stored:
             channel = entry.reply_to if is_reply_channel(entry.reply_to) else ""
-            arguments += (entry.expires_s or 0, channel, entry.payload)
-        keys = [entry.key for entry in stored]
+            arguments += (entry.expires_s or 0, channel, entry.tag, entry.payload)
+        keys = [*UNACKED_KEYS, *(entry.key for entry in stored)]
         if self.rider is not None and self.rider.waiting:
             self._note_refusal(self._send_with_rider(keys, arguments))
         else:

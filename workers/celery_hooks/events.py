@@ -1,10 +1,10 @@
 """Task events: those of one turn of the hub in one message, and none while nobody listens.
 
 Stock celery 5.7 publishes every 24 of them; a monitor reads the larger messages just the same (``task.multi``).
-Redis keeps nothing that is published for later, so an event without a listener is work for nobody: once a message had
-no receiver, each turn that has something to tell asks first, with an empty message that costs a fraction. It asks at
-the turn's end, when the jobs are on their way: nobody waits for the answer. A monitor that subscribes gets what happens
-from then on, as with stock Celery.
+Redis keeps nothing that is published for later, so an event without a listener is work for nobody. Once a message had
+no receiver, what is to be told is held back for a moment, and then an empty message asks whether anybody listens: one
+question for all the jobs of that moment, and no job waits for its answer. A monitor that subscribes gets what happens
+from then on, as with stock Celery, the first of it that moment late.
 
 Touches ``EventDispatcher.__init__``'s ``buffer_limit``, its ``send``, ``flush``, ``_publish`` and ``_outbound_buffer``,
 and kombu's ``Channel._put_fanout`` (see ``transport``).
@@ -12,9 +12,12 @@ and kombu's ``Channel._put_fanout`` (see ``transport``).
 
 from __future__ import annotations
 
+import time
+from collections.abc import Callable
 from typing import Any, Final
 
 from celery.events.dispatcher import EventDispatcher
+from kombu.asynchronous import get_event_loop
 
 __all__ = ["TurnDispatcher"]
 
@@ -23,27 +26,40 @@ _BUFFER_EVENTS: Final = 1_000
 _GROUP: Final = "task"
 
 
+#: How long events are held back while nobody is known to listen.
+_HOLD_S: Final = 0.1
+
+
+def _on_the_hub(after_s: float, call: Callable[[], None]) -> None:
+    hub = get_event_loop()
+    if hub is not None:
+        hub.call_later(after_s, call)
+
+
 class TurnDispatcher(EventDispatcher):
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
+    def __init__(
+        self, *args: Any, call_later: Callable[[float, Callable[[], None]], None] = _on_the_hub, **kwargs: Any
+    ) -> None:
+        """``call_later``: how to have something called after so many seconds, on the hub's thread."""
         super().__init__(*args, **{**kwargs, "buffer_limit": _BUFFER_EVENTS})
+        self._call_later = call_later
         self._heard = True
         #: What to tell if anybody listens: arguments of ``send``.
         self._held: list[tuple[str, tuple[Any, ...], dict[str, Any]]] = []
 
     def send(self, type: str, *args: Any, **fields: Any) -> Any:  # noqa: A002 - Celery's name
-        """Stock, but that task events wait for the end of their turn when nobody listened to the one before."""
+        """Stock, but that task events are held back for a moment when nobody listened to the one before."""
         if self._heard or not type.startswith(_GROUP) or self.on_send_buffered is None:
             return super().send(type, *args, **fields)
-        self._held.append((type, args, fields))
-        self.on_send_buffered()
+        if not self._held:
+            self._call_later(_HOLD_S, self._tell_held)
+        self._held.append((type, args, {"timestamp": time.time(), **fields}))
         if len(self._held) >= _BUFFER_EVENTS:
             self._tell_held()
         return None
 
     def flush(self, errors: bool = True, groups: bool = True) -> None:
         """Publish what this turn had to tell, and note whether anybody got it."""
-        if groups and self._held:
-            self._tell_held()
         told = groups and bool(self._group_buffer[_GROUP])
         self._forget_receivers()
         super().flush(errors=errors, groups=groups)
@@ -53,6 +69,8 @@ class TurnDispatcher(EventDispatcher):
 
     def _tell_held(self) -> None:
         held, self._held = self._held, []
+        if not held:
+            return
         self._heard = self._somebody_listens()
         if self._heard:
             for kind, args, fields in held:

@@ -14,7 +14,7 @@ import threading
 import time
 import weakref
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import Any, Final
 
@@ -25,13 +25,14 @@ from redis.exceptions import RedisError, ResponseError
 
 from workers.celery_hooks import malformed
 
-__all__ = ["LeaseKeeper", "LeasedQoS", "flush_acks", "let_go"]
+__all__ = ["UNACKED_KEYS", "LeaseKeeper", "LeasedQoS", "acknowledged", "flush_acks", "held_tag", "let_go"]
 
 logger = logging.getLogger(__name__)
 
 _CHUNK: Final = 1_000
-_UNACKED: Final = kombu_redis.Channel.unacked_key
-_UNACKED_INDEX: Final = kombu_redis.Channel.unacked_index_key
+#: kombu's hash of unacknowledged messages, and their index by time.
+UNACKED_KEYS: Final = (kombu_redis.Channel.unacked_key, kombu_redis.Channel.unacked_index_key)
+_UNACKED, _UNACKED_INDEX = UNACKED_KEYS
 _live: weakref.WeakSet[Any] = weakref.WeakSet()
 #: Acknowledgements that came after their connection was lost; the LeaseKeeper delivers them.
 _late_acks: deque[str] = deque()
@@ -48,6 +49,8 @@ class LeasedQoS(kombu_redis.QoS):
         self.recorded: set[str] = set()
         #: Tags acknowledged in this turn of the hub.
         self.acked: list[str] = []
+        #: Tags whose record is gone from Redis already, and whose acknowledgement is still to come.
+        self.settled: set[str] = set()
         #: Tags of the bulk messages that are held.
         self.bulk: set[str] = set()
         self._quick_ack = self._settled
@@ -72,7 +75,9 @@ class LeasedQoS(kombu_redis.QoS):
     def ack(self, delivery_tag: str) -> None:
         """Collected; ``flush_acks`` sends those of one turn of the hub together."""
         self._quick_ack(delivery_tag)
-        if self.connected:
+        if delivery_tag in self.settled:
+            self.settled.discard(delivery_tag)
+        elif self.connected:
             self.acked.append(delivery_tag)
         else:
             _late_acks.append(delivery_tag)
@@ -95,6 +100,7 @@ class LeasedQoS(kombu_redis.QoS):
     def let_go(self, delivery_tag: str) -> None:
         """Hold a message no more, whatever is recorded in Redis."""
         self.recorded.discard(delivery_tag)
+        self.settled.discard(delivery_tag)
         self.bulk.discard(delivery_tag)
         if delivery_tag in self._delivered:
             self._quick_ack(delivery_tag)
@@ -125,6 +131,15 @@ class LeasedQoS(kombu_redis.QoS):
 
         with self.channel.conn_or_acquire() as client:
             client.transaction(transaction, self.unacked_key)
+
+    def give_back_unread(self, delivery_tags: Sequence[str]) -> None:
+        """Put those of these messages back that are recorded, though this worker never got to know them."""
+        with self.channel.conn_or_acquire() as client:
+            records = client.hmget(self.unacked_key, delivery_tags)
+        # The one that was taken first is next in line again.
+        for tag, record in reversed(list(zip(delivery_tags, records, strict=True))):
+            if record is not None:
+                self._give_back(tag)
 
     def restore_by_tag(self, tag: Any, client: Any = None, leftmost: bool = False) -> None:
         """Stock, but a record that cannot be read is parked instead of stopping the sweep for good."""
@@ -160,6 +175,16 @@ def let_go(message: Any) -> None:
     qos = message.channel.qos
     if isinstance(qos, LeasedQoS):
         qos.let_go(message.delivery_tag)
+
+
+def held_tag(message: Any) -> str:
+    """The delivery tag of a message whose record is in Redis; "" when that is not known."""
+    return str(message.delivery_tag) if isinstance(message.channel.qos, LeasedQoS) else ""
+
+
+def acknowledged(message: Any) -> None:
+    """Note that the record of a message is gone from Redis: its acknowledgement, which is to come, sends nothing."""
+    message.channel.qos.settled.add(message.delivery_tag)
 
 
 def flush_acks() -> None:

@@ -17,7 +17,6 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext, suppress
-from dataclasses import dataclass
 from itertools import count
 from typing import Any, Final
 
@@ -28,8 +27,9 @@ from celery.worker import state as worker_state
 from redis.exceptions import RedisError
 
 from cortex_tasks.errors import CortexError, InferenceFailed, InvalidInput
+from workers.celery_hooks import leases
 from workers.celery_hooks.backend import BatchedRedisBackend
-from workers.celery_hooks.leases import flush_acks, let_go
+from workers.celery_hooks.ticket import Ticket
 from workers.celery_hooks.tracing import Tracer
 from workers.runtime import Job, answer
 from workers.tasks import InferenceTask, to_job
@@ -44,30 +44,6 @@ _FLUSH_RETRY_S: Final = 0.5
 _STOP_PATIENCE_S: Final = 30.0
 #: Jobs traced in one go before the hub may look at its sockets again.
 _TRACE_CHUNK: Final = 256
-
-
-@dataclass(slots=True, eq=False, weakref_slot=True)
-class Ticket:
-    """Celery's side of one job: what to call, and what was called. The pool's result handle as well."""
-
-    pool: BatchingPool
-    #: The job's own number: what Celery takes for a pid.
-    number: int
-    request: Any
-    #: Celery's tracer and its arguments.
-    target: Callable[..., Any]
-    target_args: Sequence[Any]
-    accept: Callable[..., Any]
-    callback: Callable[..., Any]
-    error_callback: Callable[..., Any]
-    job: Job | None = None
-    outcome: Any = None
-    accepted: bool = False
-    done: bool = False
-
-    def terminate(self, signal: Any = None) -> None:
-        """Celery's ``revoke(terminate=True)``: a job that has not started is dropped, a started one finishes."""
-        self.pool.terminate_job(self.number, signal)
 
 
 def _as_refusal(job_id: str, error: Exception) -> CortexError:
@@ -103,6 +79,9 @@ class BatchingPool(BasePool):
         """Load and warm the pinned models: the worker consumes only after this returns."""
         signals.worker_process_init.send(sender=None)
         self._tracer = Tracer(self.app, always_stock=self.app.cortex.settings.tracer == "stock")
+        settings = self.app.cortex.settings
+        #: Whether a message can be acknowledged where its answer is stored.
+        self._one_redis = settings.broker == settings.results
         self.app.cortex.start(self)
 
     def register_with_event_loop(self, loop: Any) -> None:
@@ -288,22 +267,27 @@ class BatchingPool(BasePool):
     def _trace(self, ticket: Ticket) -> Any:
         """The triple that Celery's callbacks take, or the ExceptionInfo of what tracing raised."""
         model_s = ticket.job.watch.model_s if ticket.job else 0.0
-        return self._tracer.trace(ticket.request.task, ticket.target, ticket.target_args, ticket.outcome, model_s)
+        request = ticket.request
+        tag = leases.held_tag(request.message) if self._one_redis else ""
+        return self._tracer.trace(request.task, ticket.target, ticket.target_args, ticket.outcome, model_s, tag)
 
     def _store(self) -> None:
         """Flush results and call back; while Redis is away, keep them and try again."""
         if not self._unstored:
             return
         backend = self.app.backend
+        acknowledged: set[str] = set()
         if isinstance(backend, BatchedRedisBackend):
             try:
-                backend.flush()
+                acknowledged = backend.flush()
             except (RedisError, OSError) as error:
                 logger.warning("%d results wait for Redis: %s", len(self._unstored), type(error).__name__)
                 return
         stored, self._unstored = self._unstored, []
         for ticket, returned in stored:
             self._forget(ticket)
+            if ticket.request.message.delivery_tag in acknowledged:
+                leases.acknowledged(ticket.request.message)
             self._call_back(ticket, returned)
         if self.draining:
             # The hub turns no more: it would have sent these.
@@ -311,7 +295,7 @@ class BatchingPool(BasePool):
 
     def _flush_acks(self) -> None:
         try:
-            flush_acks()
+            leases.flush_acks()
         except (RedisError, OSError) as error:
             logger.warning("acknowledgements wait for Redis: %s", type(error).__name__)
 
@@ -323,7 +307,7 @@ class BatchingPool(BasePool):
         except (RedisError, OSError) as error:
             # It is delivered again when its lease ends, and gives the same answer.
             logger.warning("job %s was answered but not acknowledged: %s", ticket.request.id, type(error).__name__)
-            let_go(ticket.request.message)
+            leases.let_go(ticket.request.message)
         except Exception:
             # A user's own link or errback that cannot be sent: the job itself is answered.
             logger.exception("a callback of job %s failed", ticket.request.id)
@@ -335,7 +319,7 @@ class BatchingPool(BasePool):
             self._drop_now(ticket)
         except Exception as error:
             logger.warning("job %s could not be dropped: %s", ticket.request.id, type(error).__name__)
-            let_go(ticket.request.message)
+            leases.let_go(ticket.request.message)
             self._settle_unrun(ticket)
 
     def _drop_now(self, ticket: Ticket) -> None:

@@ -50,18 +50,25 @@ class Tracer:
         self._plain_tasks: dict[str, bool] = {}
 
     def trace(
-        self, task: Any, target: Callable[..., Any], arguments: Sequence[Any], outcome: Any, model_s: float
+        self,
+        task: Any,
+        target: Callable[..., Any],
+        arguments: Sequence[Any],
+        outcome: Any,
+        model_s: float,
+        tag: str = "",
     ) -> Any:
         """The triple ``(failed, shown or error, runtime in seconds)`` that Celery's callbacks take, or the
         ExceptionInfo of what was raised.
 
         ``target``: Celery's tracer, ``arguments``: its own, the third of them the message's headers and the fourth its
-        decoded body; ``model_s``: the job's time in the model, which its runtime includes.
+        decoded body; ``model_s``: the job's time in the model, which its runtime includes; ``tag``: of its message,
+        if a plain answer may acknowledge it.
         """
         try:
             if self.takes_plain(task, outcome, arguments[3][2], arguments[2]):
                 try:
-                    return self._plain(task, arguments[1], outcome, arguments[2], model_s)
+                    return self._plain(task, arguments[1], outcome, arguments[2], model_s, tag)
                 except Exception as error:
                     # Celery's tracer makes it the job's failure.
                     logger.debug("the answer of job %s could not be stored plainly: %s", arguments[1], error)
@@ -95,9 +102,9 @@ class Tracer:
         return known
 
     def _plain(
-        self, task: Any, job_id: str, outcome: Answer, headers: Mapping[str, Any], runtime_s: float
+        self, task: Any, job_id: str, outcome: Answer, headers: Mapping[str, Any], runtime_s: float, tag: str
     ) -> tuple[int, str, float]:
-        self._backend.collect_success(job_id, outcome, headers.get("reply_to"))
+        self._backend.collect_success(job_id, outcome, headers.get("reply_to"), tag if task.acks_late else "")
         shown = repr(outcome)
         if len(shown) > task.resultrepr_maxsize:
             shown = saferepr(outcome, task.resultrepr_maxsize)

@@ -1,13 +1,7 @@
 """Broker transport: kombu's Redis transport, that takes many messages at once and can lose none.
 
-Stock kombu pops one message with BRPOP and records it as unacknowledged in a second round trip; a crash of either
-side in between loses it (kombu#305). Here one script pops as many messages as the worker has room for and records
-them in the same step. An idle channel waits with ``BLMOVE key key RIGHT RIGHT``, which blocks until a list holds
-something and moves its last element onto itself: a look without a pop. One connection a waited-for list; lists of
-the priorities in between are looked at whenever a wait times out.
-
-Entries in ``unacked`` and ``unacked_index`` stay kombu's own, so stock workers restore them and the other way round.
-Needs Redis 6.2 (BLMOVE, RPOP with a count). Touches kombu 5.7's ``redis.Channel``,
+The scripts and the waits are in ``fetching``; here is when they are used. One connection a waited-for list; lists of
+the priorities in between are looked at whenever a wait ends. Touches kombu 5.7's ``redis.Channel``,
 ``MultiChannelPoller`` and ``_put_fanout``.
 """
 
@@ -16,7 +10,7 @@ from __future__ import annotations
 import json
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from itertools import count
 from typing import Any, Final
@@ -28,6 +22,7 @@ from kombu.utils.json import dumps
 from redis.exceptions import RedisError, ResponseError
 
 from workers.celery_hooks import malformed
+from workers.celery_hooks.fetching import BULK_PRIORITY, FETCH_SCRIPT, WAIT_S, Fetch, Fetched, Lists, Wait
 from workers.celery_hooks.leases import LeasedQoS
 
 __all__ = ["TRANSPORT_NAME", "CortexTransport", "register_transport"]
@@ -42,50 +37,15 @@ _FETCH_MAX: Final = 256
 _FETCHES_A_TURN: Final = 4
 #: Part of a worker's room that bulk messages never take, so that interactive ones find a place at once.
 _INTERACTIVE_SHARE: Final = 0.25
-#: Messages of this priority and above are bulk (see ``codec.lane_of``).
-_BULK_PRIORITY: Final = 6
-#: A wait ends by itself after this long, and all lists are looked at.
-_WAIT_S: Final = 1
 #: A wait that is this much overdue sits on a dead connection.
 _OVERDUE_S: Final = 10.0
 #: How long to leave a Redis alone that refuses a command (no memory, a read-only replica, a key of another type).
 _BACK_OFF_S: Final = 1.0
 #: Priorities whose lists are waited for: the first of each lane.
 _WAITED_PRIORITIES: Final = (0, 9)
-
-# KEYS: unacked hash, unacked index, lists in order of service.
-# ARGV: room, room for bulk, number of interactive lists (they come first), now (epoch s), tag prefix, then the
-# JSON-encoded queue name of each list.
-# Returns a flat list: number of the list (from 0), tag, message, ...
-# pcall: a key that holds no list must not abort the script with messages popped and not recorded.
-_FETCH = """
-local room, bulk, interactive, out = tonumber(ARGV[1]), tonumber(ARGV[2]), tonumber(ARGV[3]), {}
-local records, scores = {}, {}
-for i = 3, #KEYS do
-  local is_bulk = i - 2 > interactive
-  local take = is_bulk and math.min(room, bulk) or room
-  local messages = take > 0 and redis.pcall('RPOP', KEYS[i], take)
-  if messages and not messages.err then
-    for _, message in ipairs(messages) do
-      local tag = ARGV[5] .. #out
-      room = room - 1
-      if is_bulk then bulk = bulk - 1 end
-      records[#records + 1] = tag
-      records[#records + 1] = '[' .. message .. ',"",' .. ARGV[i + 3] .. ']'
-      scores[#scores + 1] = ARGV[4]
-      scores[#scores + 1] = tag
-      out[#out + 1] = i - 3
-      out[#out + 1] = tag
-      out[#out + 1] = message
-    end
-  end
-end
-if #records > 0 then
-  redis.call('HSET', KEYS[1], unpack(records))
-  redis.call('ZADD', KEYS[2], unpack(scores))
-end
-return out
-"""
+#: Of a worker's room, what may be promised to waits, and how much to one of them at most.
+_PROMISED_SHARE: Final = 0.25
+_PROMISED_MAX: Final = 8
 
 
 class CortexChannel(kombu_redis.Channel):
@@ -99,9 +59,11 @@ class CortexChannel(kombu_redis.Channel):
         self._tag_prefix = f"{uuid4().hex[:16]}-"
         self._commands: Any = None
         self._fetch_script: Any = None
-        #: list key -> connection that waits for it, and since when (monotonic seconds; None: not waiting)
-        self._waits: dict[str, Any] = {}
-        self._waiting_since_s: dict[str, float | None] = {}
+        #: By the key of its list.
+        self._waits: dict[str, Wait] = {}
+        #: Whether lists may hold messages that no wait would tell of.
+        self._may_be_more = True
+        self._lists = Lists(())
         #: Monotonic seconds before which nothing is fetched.
         self._resume_at_s = 0.0
         #: Who got the last message to many (a fanout exchange's); None while that is not known.
@@ -133,7 +95,7 @@ class CortexChannel(kombu_redis.Channel):
     # --------------------------------------------------------------------------------- fetching
 
     def fetch_or_wait(self, loop: Any) -> None:
-        """Called before each poll while there is room: take what there is, or see that all lists are waited for."""
+        """Called before each poll while there is room: take what there is, and see that all lists are waited for."""
         if self._all_waited_for():
             self._drop_overdue()
             return
@@ -142,58 +104,73 @@ class CortexChannel(kombu_redis.Channel):
         try:
             # Until the lists are empty or the worker is full. A list that still holds something ends its wait at once.
             for _ in range(_FETCHES_A_TURN):
-                if not self._fetch() or not self.qos.can_consume():
+                if not self._may_be_more or not self.qos.can_consume():
                     break
+                self._may_be_more = self._fetch()
             if self.qos.can_consume():
                 self._wait(loop)
+            if not self.qos.can_consume() or not self._bulk_room():
+                # Then some lists have no wait that would tell.
+                self._may_be_more = True
         except ResponseError as error:
             self._back_off(error)
 
     def _back_off(self, error: Exception) -> None:
+        self._may_be_more = True
         self._resume_at_s = time.monotonic() + _BACK_OFF_S
         logger.warning("Redis refuses to hand out messages: %s; trying again", error)
 
     def _fetch(self) -> bool:
         """Take messages and deliver them; returns whether there may be more."""
-        room = min(self.qos.can_consume_max_estimate() or _FETCH_MAX, _FETCH_MAX)
-        bulk_room = min(self._bulk_room(), room)
-        queues = self._queue_cycle.consume(len(self.active_queues))
-        if not queues:
+        room = self._room()
+        fetch = self._plan(room, min(self._bulk_room(), room))
+        if not fetch.lists.of or not room:
             return False
         if self._fetch_script is None:
             with self.conn_or_acquire() as client:
-                self._fetch_script = client.register_script(_FETCH)
-        lists = [(self._q_for_pri(queue, step), queue, step) for step in self.priority_steps for queue in queues]
-        interactive = sum(step < _BULK_PRIORITY for _, _, step in lists)
-        got = self._fetch_script(
-            keys=[self.unacked_key, self.unacked_index_key, *(key for key, _, _ in lists)],
-            args=[
-                room,
-                bulk_room,
-                interactive,
-                time.time(),
-                f"{self._tag_prefix}{next(self._fetches)}-",
-                *(json.dumps(queue) for _, queue, _ in lists),
-            ],
-        )
-        for at in range(0, len(got), 3):
-            _, queue, priority = lists[got[at]]
-            tag = got[at + 1].decode()
-            if priority >= _BULK_PRIORITY:
+                self._fetch_script = client.register_script(FETCH_SCRIPT)
+        reply = self._fetch_script(keys=fetch.keys(self._unacked), args=fetch.arguments(time.time()))
+        taken = list(fetch.messages(reply))
+        self._take(taken)
+        return len(taken) == room
+
+    @property
+    def _unacked(self) -> tuple[str, str]:
+        return self.unacked_key, self.unacked_index_key
+
+    def _plan(self, room: int, bulk_room: int) -> Fetch:
+        queues = self._queue_cycle.consume(len(self.active_queues))
+        of = [(self._q_for_pri(queue, step), queue, step) for step in self.priority_steps for queue in queues]
+        if self._lists.of != of:
+            self._lists = Lists(of)
+        return Fetch(self._lists, f"{self._tag_prefix}{next(self._fetches)}-", room, bulk_room)
+
+    def _take(self, taken: Sequence[Fetched]) -> None:
+        for queue, is_bulk, tag, raw in taken:
+            if is_bulk:
                 self.qos.bulk.add(tag)
-            self._deliver(queue, tag, got[at + 2])
-        if got:
-            self._queue_cycle.rotate(lists[got[-3]][1])
-        return len(got) // 3 == room
+            self._deliver(queue, tag, raw)
+        if taken:
+            self._queue_cycle.rotate(taken[-1].queue)
+
+    def _room(self) -> int:
+        """How many more messages this worker may take, beside those that waits were promised."""
+        room = self.qos.can_consume_max_estimate()
+        if room is None:
+            return _FETCH_MAX
+        return int(min(max(0, room - sum(fetch.room for fetch in self._promises())), _FETCH_MAX))
 
     def _bulk_room(self) -> int:
-        """How many more bulk messages this worker may hold."""
+        """The same of bulk messages."""
         prefetch = self.qos.prefetch_count
         if not prefetch:
             return _FETCH_MAX
         share = max(1, prefetch - max(1, round(prefetch * _INTERACTIVE_SHARE)))
         held: set[str] = self.qos.bulk
-        return int(max(0, share - len(held)))
+        return int(max(0, share - len(held) - sum(fetch.bulk_room for fetch in self._promises())))
+
+    def _promises(self) -> Iterator[Fetch]:
+        return (wait.fetch for wait in self._waits.values() if wait.fetch is not None)
 
     def _deliver(self, queue: str, tag: str, raw: bytes) -> None:
         """Hand a message to its consumer. One that breaks its reading is parked: its neighbours come through."""
@@ -216,59 +193,89 @@ class CortexChannel(kombu_redis.Channel):
 
     # ----------------------------------------------------------------------------------- waiting
 
-    def _waited_keys(self) -> list[str]:
-        """The lists to wait for: those of bulk only while there is room for it."""
-        priorities = [p for p in _WAITED_PRIORITIES if p < _BULK_PRIORITY or self._bulk_room() > 0]
-        return [self._q_for_pri(queue, priority) for priority in priorities for queue in self.active_queues]
+    def _update_queue_cycle(self) -> None:
+        super()._update_queue_cycle()
+        # A wait takes from the queues that were consumed when it began.
+        self._close_waits()
+        self._may_be_more = True
+
+    def _waited_keys(self) -> dict[str, int]:
+        """The lists to wait for, and their priority: those of bulk only while there is room for it."""
+        bulk_room = self._bulk_room()
+        return {
+            key: priority
+            for priority in _WAITED_PRIORITIES
+            for key in (self._q_for_pri(queue, priority) for queue in self.active_queues)
+            if priority < BULK_PRIORITY or bulk_room or self._waits_for(key)
+        }
+
+    def _waits_for(self, key: str) -> bool:
+        wait = self._waits.get(key)
+        return wait is not None and wait.since_s is not None
 
     def _all_waited_for(self) -> bool:
-        since = self._waiting_since_s
-        return bool(since) and all(since.get(key) is not None for key in self._waited_keys())
+        return bool(self._waits) and all(map(self._waits_for, self._waited_keys()))
 
     def _wait(self, loop: Any) -> None:
-        """Send a wait for each list that has none, and let the loop tell when it ends."""
-        for key in self._waited_keys():
-            if self._waiting_since_s.get(key) is not None:
+        """Begin a wait for each list that has none, and let the loop tell when it ends."""
+        keys = self._waited_keys()
+        for key, priority in keys.items():
+            if self._waits_for(key):
                 continue
-            connection = self._waits.get(key)
-            if connection is None:
+            wait = self._waits.get(key)
+            if wait is None:
                 # Not of the pool: its size is for commands, these stay for good.
-                connection = self._waits[key] = self.pool.connection_class(**self.pool.connection_kwargs)
-                connection.connect()
-            connection.send_command("BLMOVE", key, key, "RIGHT", "RIGHT", _WAIT_S, check_health=False)
-            self._waiting_since_s[key] = time.monotonic()
-            loop.add_reader(connection._sock, self._on_wait_over, key)
+                connection = self.pool.connection_class(**self.pool.connection_kwargs)
+                wait = self._waits[key] = Wait(key, connection)
+                loop.add_reader(connection._sock, self._on_wait_over, key)
+            wait.begin(self._promise(priority, len(keys)), self._unacked)
+
+    def _promise(self, priority: int, waits: int) -> Fetch | None:
+        """What one of so many waits may take when it ends; None where the room is too small to divide."""
+        prefetch = self.qos.prefetch_count
+        most = int(prefetch * _PROMISED_SHARE) // waits if prefetch else _PROMISED_MAX
+        room = min(most, _PROMISED_MAX, self._room())
+        if priority < BULK_PRIORITY:
+            return self._plan(room, 0) if room else None
+        room = min(room, self._bulk_room())
+        return self._plan(room, room) if room else None
 
     def _on_wait_over(self, key: str) -> None:
-        """A list holds something, or the wait timed out: in both cases the next turn looks."""
-        connection = self._waits.get(key)
-        if connection is None:
+        """A list holds something, or the wait timed out."""
+        wait = self._waits.get(key)
+        if wait is None:
             return
         try:
-            connection.read_response()
-        except ResponseError as error:
-            self._back_off(error)
+            taken, more, refusal = wait.end()
         except self.connection_errors:
             self._close_waits()
             raise
-        self._waiting_since_s[key] = None
+        self._may_be_more = self._may_be_more or more
+        self._take(taken)
+        if refusal is not None:
+            self._back_off(refusal)
 
     def _drop_overdue(self) -> None:
         """A half-open connection never becomes readable: give it up, so that the worker connects anew."""
-        for key, since_s in self._waiting_since_s.items():
-            if since_s is None or time.monotonic() - since_s <= _WAIT_S + _OVERDUE_S:
+        for wait in self._waits.values():
+            if wait.since_s is None or time.monotonic() - wait.since_s <= WAIT_S + _OVERDUE_S:
                 continue
             # After a stall of this process the answer lies there and was only not read yet.
-            if not kombu_redis._socket_readable(self._waits[key]._sock):
+            if not kombu_redis._socket_readable(wait.connection._sock):
                 self._close_waits()
                 raise ConnectionError("Redis has not answered a wait for messages; connecting anew")
 
     def _close_waits(self) -> None:
+        """End all waits. What one of them took and nobody has read goes back to its queue."""
+        promises = list(self._promises())
         waits, self._waits = self._waits, {}
-        self._waiting_since_s.clear()
-        for connection in waits.values():
-            self.connection.cycle.forget(connection)
-            connection.disconnect()
+        for wait in waits.values():
+            self.connection.cycle.forget(wait.connection)
+            wait.connection.disconnect()
+        if promises:
+            # If Redis is away: they come again when their leases end.
+            with suppress(ResponseError, *self.connection_errors):
+                self.qos.give_back_unread([tag for fetch in promises for tag in fetch.tags()])
 
     def close(self) -> None:
         if not self.closed:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -261,6 +262,56 @@ class Rider:
 
 def collect(backend: BatchedRedisBackend, job_id: str, size: int = 1) -> None:
     backend.collect_success(job_id, answer(size), REPLY)
+
+
+def claim(client: Any, *tags: str) -> None:
+    client.hset("unacked", mapping=dict.fromkeys(tags, "record"))
+    client.zadd("unacked_index", dict.fromkeys(tags, 1.0))
+
+
+def claims(client: Any) -> set[str]:
+    tags = {tag.decode() for tag in client.hkeys("unacked")}
+    assert tags == {tag.decode() for tag in client.zrange("unacked_index", 0, -1)}
+    return tags
+
+
+@pytest.mark.parametrize("riding", [False, True], ids=["alone", "with entries of the cache"])
+def test_a_message_is_acknowledged_with_its_answer(backend: BatchedRedisBackend, client: Any, riding: bool) -> None:
+    claim(client, "tag-1", "tag-2", "tag-3")
+    if riding:
+        backend.rider = Rider("SET", "entry", "1")
+    for job_id, tag in (("1", "tag-1"), ("2", ""), ("3", "tag-3")):
+        backend.collect_success(job_id, answer(), REPLY, tag)
+    assert claims(client) == {"tag-1", "tag-2", "tag-3"}
+    assert backend.flush() == {"tag-1", "tag-3"}
+    assert claims(client) == {"tag-2"}
+    assert backend.flush() == set()
+
+
+def test_a_long_answers_message_is_left_to_celery(backend: BatchedRedisBackend, client: Any) -> None:
+    claim(client, "short", "long")
+    backend.collect_success("1", answer(), REPLY, "short")
+    backend.collect_success("2", answer(300_000), REPLY, "long")
+    assert backend.flush() == {"short"}
+    assert claims(client) == {"long"}
+
+
+def test_no_message_is_acknowledged_whose_answer_could_not_be_stored(tmp_path: Path) -> None:
+    options = ("--maxmemory", "3mb", "--maxmemory-policy", "noeviction")
+    with RedisServer(*options, directory=tmp_path) as server, redis.Redis.from_url(server.url) as client:
+        claim(client, "tag")
+        backend = backend_of(server.url)
+        backend.collect_success("1", answer(), REPLY, "tag")
+        with suppress(redis.OutOfMemoryError):
+            while True:
+                client.rpush("filler", b"x" * 10_000)
+        with pytest.raises(redis.ResponseError):
+            backend.flush()
+        assert claims(client) == {"tag"}
+        client.delete("filler")
+        assert backend.flush() == {"tag"}
+        assert claims(client) == set()
+        assert client.exists(result_key("1"))
 
 
 @pytest.mark.parametrize("size", [1, 300_000], ids=["in the script", "large"])

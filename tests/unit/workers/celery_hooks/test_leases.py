@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import redis
+from kombu import Connection, Exchange, Queue
 
 from cortex_tasks.codec import queue_key
 from tests.support.consuming import Consuming, consuming, message, push
@@ -128,6 +129,33 @@ def test_an_acknowledgement_after_the_connection_was_lost_is_delivered_later(
     assert client.hlen("unacked") == 1
     keeper.stop()
     assert client.hlen("unacked") == client.zcard("unacked_index") == 0
+
+
+def test_what_is_gone_from_redis_already_is_acknowledged_for_nothing(worker: Consuming, client: Any) -> None:
+    push(client, "a", "b")
+    worker.expect("a", "b")
+    a, b = worker.messages
+    assert leases.held_tag(a) == worker.tags[0]
+    client.hdel("unacked", a.delivery_tag)
+    client.zrem("unacked_index", a.delivery_tag)
+    leases.acknowledged(a)
+    a.ack()
+    assert worker.channel.qos.acked == []
+    assert worker.channel.qos.held_tags() == [b.delivery_tag]
+    assert not worker.channel.qos.settled
+    b.ack()
+    assert worker.channel.qos.acked == [b.delivery_tag]
+
+
+def test_a_stock_channels_message_has_no_tag_to_acknowledge_elsewhere(redis_url: str) -> None:
+    with Connection(redis_url) as stock:
+        channel = stock.channel()
+        push(channel.client, "a")
+        queue = Queue("q", Exchange("q", type="direct"), routing_key="q")(channel)
+        message = queue.get()
+        assert message is not None
+        assert leases.held_tag(message) == ""
+        message.ack()
 
 
 def test_acknowledgements_that_redis_refuses_are_kept(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any
 
 import pytest
 import redis
-from kombu import Connection
+from kombu import Connection, Exchange, Queue
 from kombu.transport import redis as kombu_redis
 
 from cortex_tasks.codec import queue_key, queue_keys
@@ -129,6 +130,116 @@ def test_waiting_takes_nothing_and_keeps_the_order(worker: Consuming, client: An
     worker.expect("a", "b", "c")
 
 
+def without_fetching(worker: Consuming, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From now on nothing arrives but what waits take."""
+    monkeypatch.setattr(worker.channel, "_fetch", lambda: pytest.fail("fetched"))
+
+
+def recorded(client: Any) -> int:
+    return int(client.hlen("unacked"))
+
+
+def test_the_end_of_a_wait_brings_what_ended_it(
+    worker: Consuming, client: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    worker.turn(3)
+    without_fetching(worker, monkeypatch)
+    for name in ("a", "b"):
+        push(client, name, priority=9)
+        push(client, name.upper(), priority=0)
+        worker.turn_until(lambda: {name, name.upper()} <= set(worker.names), "both messages")  # noqa: B023
+        assert recorded(client) == len(worker.messages)
+
+
+def test_more_than_a_wait_may_take_is_fetched(worker: Consuming, client: Any) -> None:
+    worker.turn(3)
+    names = [str(n) for n in range(100)]
+    push(client, *names)
+    worker.expect(*names)
+
+
+@pytest.mark.parametrize("prefetch", [1, 2, 8, 32, 128])
+def test_what_a_wait_takes_counts_as_taken(redis_url: str, client: Any, prefetch: int) -> None:
+    def acknowledge() -> None:
+        for one in worker.messages:
+            if not one.acknowledged:
+                one.ack()
+
+    with consuming(redis_url, "a", "b", prefetch=prefetch) as worker:
+        for round_ in range(1, 6):
+            worker.turn(3)
+            for queue in ("a", "b"):
+                for priority in (0, 9):
+                    push(client, *(f"{n}" for n in range(prefetch + 10)), queue=queue, priority=priority)
+            while len(worker.messages) < round_ * 4 * (prefetch + 10):
+                worker.turn(2)
+                assert recorded(client) <= prefetch
+                acknowledge()
+        worker.turn_until(lambda: recorded(client) == 0, "the acknowledgements")
+        assert left(client, "a") == left(client, "b") == 0
+
+
+def test_a_wait_for_interactive_messages_takes_no_bulk(redis_url: str, client: Any) -> None:
+    with consuming(redis_url, prefetch=64) as worker:
+        worker.turn(3)
+        promised = {key: wait.fetch for key, wait in worker.channel._waits.items()}
+        assert {key: fetch and fetch.bulk_room for key, fetch in promised.items()} == {
+            queue_key("q", 0): 0,
+            queue_key("q", 9): 8,
+        }
+
+
+def test_a_room_too_small_to_divide_is_promised_to_nobody(redis_url: str, client: Any) -> None:
+    with consuming(redis_url, prefetch=1) as worker:
+        worker.turn(3)
+        assert [wait.fetch for wait in worker.channel._waits.values()] == [None, None]
+        push(client, "a", "b")
+        worker.expect("a")
+        worker.messages[0].ack()
+        worker.expect("a", "b")
+
+
+def test_a_script_that_redis_forgot_is_brought_again(worker: Consuming, client: Any) -> None:
+    worker.turn(3)
+    client.script_flush()
+    push(client, "a")
+    worker.expect("a")
+    assert recorded(client) == 1
+
+
+@pytest.mark.parametrize("end", ["cancel", "cancel another", "consume another", "close"])
+def test_what_a_wait_took_and_nobody_read_goes_back_in_its_order(redis_url: str, client: Any, end: str) -> None:
+    with consuming(redis_url, "q", "other") as worker:
+        worker.turn(3)
+        push(client, "a", "b", "c", priority=9)
+        push(client, "A", "B")
+        poll_until(lambda: recorded(client) == 5, "both waits to take")
+        if end == "close":
+            worker.channel.close()
+        elif end == "consume another":
+            worker.consumer.add_queue(Queue("third", Exchange("third"), routing_key="third"))
+            worker.consumer.consume()
+        else:
+            worker.consumer.cancel_by_queue("q" if end == "cancel" else "other")
+        assert (recorded(client), client.zcard("unacked_index")) == (0, 0)
+        assert worker.messages == []
+        for priority, names in ((9, "abc"), (0, "AB")):
+            raws = [json.loads(raw) for raw in client.lrange(queue_key("q", priority), 0, -1)]
+            assert [raw["headers"]["id"] for raw in reversed(raws)] == list(names)
+            assert not any(raw["properties"]["delivery_info"].get("redelivered") for raw in raws)
+        if end not in ("cancel", "close"):
+            worker.turn_until(lambda: set(worker.names) == set("abcAB"), "all of them")
+
+
+def test_a_lease_is_never_shorter_for_a_wait(worker: Consuming, client: Any) -> None:
+    worker.turn(3)
+    before_s = time.time()
+    push(client, "a")
+    worker.expect("a")
+    ((_, claimed_s),) = client.zrange("unacked_index", 0, -1, withscores=True)
+    assert before_s <= claimed_s <= time.time() + 1.0
+
+
 def test_a_priority_in_between_is_found_when_a_wait_ends(
     worker: Consuming, client: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -188,7 +299,9 @@ def test_an_answer_that_was_only_not_read_yet_keeps_the_connection(
     push(client, "late")
     # Every wait ends within a second, by the message or by itself; nobody reads the answers meanwhile.
     waits = worker.channel._waits.values()
-    poll_until(lambda: all(kombu_redis._socket_readable(wait._sock) for wait in waits), "an answer to each wait")
+    poll_until(
+        lambda: all(kombu_redis._socket_readable(wait.connection._sock) for wait in waits), "an answer to each wait"
+    )
     monkeypatch.setattr(transport, "_OVERDUE_S", -1_000.0)
     worker.channel._drop_overdue()
     monkeypatch.undo()
