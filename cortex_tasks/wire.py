@@ -28,6 +28,7 @@ from redis.exceptions import (
 from cortex_tasks.codec import Heard, queue_keys, read_reply, result_key
 from cortex_tasks.config import Settings, mask_url
 from cortex_tasks.errors import BrokerUnavailable, ConfigError
+from cortex_tasks.lines import AsyncScriptLine, ScriptLine
 from cortex_tasks.presence import WORKERS_KEY, WorkerCard, parse_cards, read_cards, worker_key
 from cortex_tasks.publish import PUSH_SCRIPT, Envelope, push_arguments, revoke_message
 
@@ -183,14 +184,14 @@ class RedisWire:
             self._results = redis.Redis.from_url(self._results_url, **_client_options(settings, once))
             # A silent reconnect would hide that announcements were missed.
             self._listener = redis.Redis.from_url(self._results_url, **_client_options(settings, never))
-        self._push = self._broker.register_script(PUSH_SCRIPT)
+        self._push = ScriptLine(self._broker, PUSH_SCRIPT)
         self._db = int(self._broker.get_connection_kwargs().get("db", 0))
         self._pubsub: Any = None
 
     def push(self, envelope: Envelope, messages: Sequence[bytes], *, partial: bool) -> tuple[int, int]:
         keys, args = push_arguments(envelope, messages, partial=partial)
         with _reaching(self._broker_url):
-            pushed, depth = self._push(keys, args)
+            pushed, depth = self._push.run(keys, args)
         return int(pushed), int(depth)
 
     def fetch(self, job_ids: Sequence[str]) -> list[bytes | None]:
@@ -210,13 +211,9 @@ class RedisWire:
         if self._pubsub is None:
             time.sleep(timeout_s)
             return []
-        heard: list[Heard] = []
         with _reaching(self._results_url):
             message = self._pubsub.get_message(timeout=timeout_s)
-            while message is not None:
-                heard += _announced(message)
-                message = self._pubsub.get_message()
-        return heard
+        return _announced(message) if message is not None else []
 
     def unlisten(self) -> None:
         if self._pubsub is not None:
@@ -239,6 +236,7 @@ class RedisWire:
             return int(sum(pipe.execute()))
 
     def close(self) -> None:
+        self._push.close()
         for client in (self._broker, self._results, self._listener):
             client.close()
 
@@ -257,6 +255,7 @@ class AsyncRedisWire:
         self._broker: Any
         self._results: Any
         self._listener: Any
+        self._publisher: Any
         with _valid(self._broker_url):
             self._broker = Redis.from_pool(
                 BlockingConnectionPool.from_url(self._broker_url, **_client_options(settings, once), **pool)
@@ -266,14 +265,19 @@ class AsyncRedisWire:
                 BlockingConnectionPool.from_url(self._results_url, **_client_options(settings, once), **pool)
             )
             self._listener = Redis.from_url(self._results_url, **_client_options(settings, never))
+            self._publisher = Redis.from_url(
+                self._broker_url, **{**_client_options(settings, never), "socket_timeout": None}
+            )
         self._push = self._broker.register_script(PUSH_SCRIPT)
+        self._line = AsyncScriptLine(self._publisher, PUSH_SCRIPT, COMMAND_TIMEOUT_S)
         self._db = int(self._broker.get_connection_kwargs().get("db", 0))
         self._pubsub: Any = None
 
     async def push(self, envelope: Envelope, messages: Sequence[bytes], *, partial: bool) -> tuple[int, int]:
         keys, args = push_arguments(envelope, messages, partial=partial)
+        push = self._push if self._line.taken else self._line.run
         with _reaching(self._broker_url):
-            pushed, depth = await self._push(keys, args)
+            pushed, depth = await push(keys, args)
         return int(pushed), int(depth)
 
     async def fetch(self, job_ids: Sequence[str]) -> list[bytes | None]:
@@ -293,13 +297,9 @@ class AsyncRedisWire:
         if self._pubsub is None:
             await sleep(timeout_s)
             return []
-        heard: list[Heard] = []
         with _reaching(self._results_url):
             message = await self._pubsub.get_message(timeout=timeout_s)
-            while message is not None:
-                heard += _announced(message)
-                message = await self._pubsub.get_message()
-        return heard
+        return _announced(message) if message is not None else []
 
     async def unlisten(self) -> None:
         if self._pubsub is not None:
@@ -326,6 +326,7 @@ class AsyncRedisWire:
 
     async def close(self) -> None:
         await self.unlisten()
-        for client in (self._broker, self._results, self._listener):
+        await self._line.close()
+        for client in (self._broker, self._publisher, self._results, self._listener):
             await client.aclose()
             await client.connection_pool.disconnect()

@@ -21,6 +21,7 @@ from celery.backends.redis import RedisBackend
 
 from cortex_tasks.codec import REPLY_MAGIC, Answer, is_reply_channel, result_key
 from cortex_tasks.errors import InferenceFailed
+from cortex_tasks.lines import ScriptLine
 from workers.celery_hooks.leases import UNACKED_KEYS
 
 __all__ = ["BatchedRedisBackend"]
@@ -138,7 +139,7 @@ class BatchedRedisBackend(RedisBackend):
         self._told_refused = False
         #: Entries of the result cache that go along with results, where both live in one Redis.
         self.rider: Rider | None = None
-        self._script: Any = None
+        self._line: ScriptLine | None = None
 
     @contextmanager
     def collecting(self) -> Iterator[None]:
@@ -183,8 +184,8 @@ class BatchedRedisBackend(RedisBackend):
         return acknowledged
 
     def _flush_small(self, stored: Sequence[_Stored]) -> None:
-        if self._script is None:
-            self._script = self.client.register_script(_STORE)
+        if self._line is None:
+            self._line = ScriptLine(self.client, _STORE)
         arguments: list[Any] = [REPLY_MAGIC, len(result_key("")), _CARRIED_BYTES]
         for entry in stored:
             channel = entry.reply_to if is_reply_channel(entry.reply_to) else ""
@@ -193,7 +194,7 @@ class BatchedRedisBackend(RedisBackend):
         if self.rider is not None and self.rider.waiting:
             self._note_refusal(self._send_with_rider(keys, arguments))
         else:
-            self._note_refusal(self._script(keys, arguments))
+            self._note_refusal(self._line.run(keys, arguments))
 
     def _send_with_rider(self, keys: Sequence[str], arguments: Sequence[Any]) -> Any:
         with self.client.pipeline(transaction=False) as pipe:

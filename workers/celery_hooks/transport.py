@@ -59,7 +59,8 @@ class CortexChannel(kombu_redis.Channel):
         self._tag_prefix = f"{uuid4().hex[:16]}-"
         self._commands: Any = None
         self._fetch_script: Any = None
-        #: By the key of its list.
+        #: Keys and priorities of the lists to wait for, and the waits by their keys.
+        self._waited: list[tuple[str, int]] = []
         self._waits: dict[str, Wait] = {}
         #: Whether lists may hold messages that no wait would tell of.
         self._may_be_more = True
@@ -96,7 +97,7 @@ class CortexChannel(kombu_redis.Channel):
 
     def fetch_or_wait(self, loop: Any) -> None:
         """Called before each poll while there is room: take what there is, and see that all lists are waited for."""
-        if self._all_waited_for():
+        if not self._not_waited_for():
             self._drop_overdue()
             return
         if time.monotonic() < self._resume_at_s:
@@ -195,40 +196,33 @@ class CortexChannel(kombu_redis.Channel):
 
     def _update_queue_cycle(self) -> None:
         super()._update_queue_cycle()
+        queues = self.active_queues
+        self._waited = [(self._q_for_pri(queue, step), step) for step in _WAITED_PRIORITIES for queue in queues]
         # A wait takes from the queues that were consumed when it began.
         self._close_waits()
         self._may_be_more = True
-
-    def _waited_keys(self) -> dict[str, int]:
-        """The lists to wait for, and their priority: those of bulk only while there is room for it."""
-        bulk_room = self._bulk_room()
-        return {
-            key: priority
-            for priority in _WAITED_PRIORITIES
-            for key in (self._q_for_pri(queue, priority) for queue in self.active_queues)
-            if priority < BULK_PRIORITY or bulk_room or self._waits_for(key)
-        }
 
     def _waits_for(self, key: str) -> bool:
         wait = self._waits.get(key)
         return wait is not None and wait.since_s is not None
 
-    def _all_waited_for(self) -> bool:
-        return bool(self._waits) and all(map(self._waits_for, self._waited_keys()))
+    def _not_waited_for(self) -> list[tuple[str, int]]:
+        """The lists, and their priority, to begin a wait for: those of bulk only while there is room for it."""
+        missing = [(key, priority) for key, priority in self._waited if not self._waits_for(key)]
+        if missing and not self._bulk_room():
+            return [(key, priority) for key, priority in missing if priority < BULK_PRIORITY]
+        return missing
 
     def _wait(self, loop: Any) -> None:
         """Begin a wait for each list that has none, and let the loop tell when it ends."""
-        keys = self._waited_keys()
-        for key, priority in keys.items():
-            if self._waits_for(key):
-                continue
+        for key, priority in self._not_waited_for():
             wait = self._waits.get(key)
             if wait is None:
                 # Not of the pool: its size is for commands, these stay for good.
                 connection = self.pool.connection_class(**self.pool.connection_kwargs)
                 wait = self._waits[key] = Wait(key, connection)
                 loop.add_reader(connection._sock, self._on_wait_over, key)
-            wait.begin(self._promise(priority, len(keys)), self._unacked)
+            wait.begin(self._promise(priority, len(self._waited)), self._unacked)
 
     def _promise(self, priority: int, waits: int) -> Fetch | None:
         """What one of so many waits may take when it ends; None where the room is too small to divide."""

@@ -1,0 +1,175 @@
+"""A script over a connection of its own: it mends, and never hands out another call's answer."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import redis
+import redis.asyncio
+
+from cortex_tasks.lines import AsyncScriptLine, ScriptLine
+from tests.support.redis_server import RedisServer
+
+#: Returns its argument, and counts how often it ran.
+SCRIPT = "redis.call('INCR', KEYS[1]) return ARGV[1]"
+#: The same, after so many microseconds of Redis' time.
+SLOW = "local till = redis.call('TIME') till = till[1] * 1e6 + till[2] + ARGV[2] repeat local now = redis.call('TIME') until now[1] * 1e6 + now[2] >= till return ARGV[1]"  # noqa: E501
+
+
+@pytest.fixture
+def client(redis_url: str) -> Iterator[Any]:
+    with redis.Redis.from_url(redis_url) as made:
+        yield made
+
+
+@pytest.fixture
+async def async_client(redis_url: str) -> AsyncIterator[Any]:
+    async with redis.asyncio.Redis.from_url(redis_url, socket_timeout=None) as made:
+        yield made
+
+
+def kill_others(client: Any) -> None:
+    client.execute_command("CLIENT", "KILL", "TYPE", "normal", "SKIPME", "yes")
+
+
+# ------------------------------------------------------------------------------------------------- threads
+
+
+def test_it_returns_what_the_script_returns(client: Any) -> None:
+    line = ScriptLine(client, SCRIPT)
+    assert [line.run(["n"], [word]) for word in ("a", "b")] == [b"a", b"b"]
+    client.script_flush()
+    assert line.run(["n"], ["c"]) == b"c"
+    assert client.get("n") == b"3"
+    line.close()
+    assert line.run(["n"], ["d"]) == b"d"
+
+
+def test_a_lost_connection_is_tried_once_more(client: Any, redis_url: str) -> None:
+    with redis.Redis.from_url(redis_url) as other:
+        line = ScriptLine(other, SCRIPT)
+        line.run(["n"], ["a"])
+        kill_others(client)
+        assert line.run(["n"], ["b"]) == b"b"
+
+
+def test_a_refusal_leaves_the_line_in_order(client: Any) -> None:
+    client.set("n", "no number")
+    line = ScriptLine(client, SCRIPT)
+    with pytest.raises(redis.ResponseError):
+        line.run(["n"], ["a"])
+    client.delete("n")
+    assert line.run(["n"], ["b"]) == b"b"
+
+
+def test_threads_at_once_get_their_own_answers(client: Any) -> None:
+    line = ScriptLine(client, SCRIPT)
+    wrong: list[Any] = []
+
+    def ask(thread: int) -> None:
+        for n in range(200):
+            word = f"{thread}-{n}"
+            if line.run(["n"], [word]) != word.encode():
+                wrong.append(word)
+
+    threads = [threading.Thread(target=ask, args=(n,)) for n in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert wrong == []
+    assert client.get("n") == b"800"
+
+
+def test_a_late_answer_is_nobodys(redis_url: str) -> None:
+    with redis.Redis.from_url(redis_url, socket_timeout=0.2, retry=None) as impatient:
+        line = ScriptLine(impatient, SLOW)
+        assert line.run([], ["a", 0]) == b"a"
+        with pytest.raises(redis.TimeoutError):
+            line.run([], ["late", 500_000])
+        with redis.Redis.from_url(redis_url) as patient:
+            patient.ping()
+        assert line.run([], ["b", 0]) == b"b"
+
+
+def test_a_redis_that_is_away_is_an_error_and_its_return_is_noticed(tmp_path: Path) -> None:
+    with RedisServer(directory=tmp_path) as server, redis.Redis.from_url(server.url, retry=None) as client:
+        line = ScriptLine(client, SCRIPT)
+        line.run(["n"], ["a"])
+        server.kill()
+        with pytest.raises(redis.ConnectionError):
+            line.run(["n"], ["b"])
+        server.start()
+        assert line.run(["n"], ["c"]) == b"c"
+
+
+# ---------------------------------------------------------------------------------------------- coroutines
+
+
+async def test_async_it_returns_what_the_script_returns(async_client: Any, client: Any) -> None:
+    line = AsyncScriptLine(async_client, SCRIPT, 5.0)
+    assert [await line.run(["n"], [word]) for word in ("a", "b")] == [b"a", b"b"]
+    client.script_flush()
+    assert await line.run(["n"], ["c"]) == b"c"
+    kill_others(client)
+    assert await line.run(["n"], ["d"]) == b"d"
+    client.set("n", "no number")
+    with pytest.raises(redis.ResponseError):
+        await line.run(["n"], ["e"])
+    client.delete("n")
+    assert await line.run(["n"], ["f"]) == b"f"
+    await line.close()
+    assert await line.run(["n"], ["g"]) == b"g"
+    await line.close()
+
+
+async def test_async_it_says_when_it_is_taken(async_client: Any) -> None:
+    line = AsyncScriptLine(async_client, SCRIPT, 5.0)
+    asked = asyncio.create_task(line.run(["n"], ["a"]))
+    await asyncio.sleep(0)
+    taken = [line.taken]
+    assert await asked == b"a"
+    taken.append(line.taken)
+    assert taken == [True, False]
+    await line.close()
+
+
+async def test_async_a_late_answer_is_nobodys(async_client: Any) -> None:
+    line = AsyncScriptLine(async_client, SLOW, 0.2)
+    assert await line.run([], ["a", 0]) == b"a"
+    with pytest.raises(redis.TimeoutError, match=r"0\.2 s"):
+        await line.run([], ["late", 500_000])
+    await async_client.ping()
+    assert [await line.run([], [word, 0]) for word in ("b", "c")] == [b"b", b"c"]
+    await line.close()
+
+
+async def test_async_a_cancelled_call_leaves_no_answer_behind(async_client: Any) -> None:
+    line = AsyncScriptLine(async_client, SLOW, 5.0)
+    assert await line.run([], ["a", 0]) == b"a"
+    asked = asyncio.create_task(line.run([], ["cancelled", 100_000]))
+    await asyncio.sleep(0.02)
+    asked.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await asked
+    assert not line.taken
+    assert [await line.run([], [word, 0]) for word in ("b", "c")] == [b"b", b"c"]
+    await line.close()
+
+
+async def test_async_a_redis_that_is_away_is_an_error_and_its_return_is_noticed(tmp_path: Path) -> None:
+    with RedisServer(directory=tmp_path) as server:
+        async with redis.asyncio.Redis.from_url(server.url, socket_timeout=None) as client:
+            line = AsyncScriptLine(client, SCRIPT, 5.0)
+            await line.run(["n"], ["a"])
+            server.kill()
+            with pytest.raises(redis.ConnectionError):
+                await line.run(["n"], ["b"])
+            server.start()
+            assert await line.run(["n"], ["c"]) == b"c"
+            await line.close()
