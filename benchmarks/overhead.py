@@ -96,7 +96,7 @@ def _jobs(client: Peer, sessions: dict[str, int], seconds: float) -> Figures:
 
 
 def _submission(client: Peer, local: LocalFleet, jobs_per_s: float, seconds: float) -> Figures:
-    """The client's CPU until all jobs wait in the queue; the worker is halted meanwhile, so that nothing comes back."""
+    """The client's CPU until all jobs are queued; the worker is halted meanwhile, so that nothing comes back."""
     count, worker = max(2_000, int(jobs_per_s * min(seconds, 4.0))), local.processes["worker"].pid
     before = cpu_s({"client": client.pid})["client"]
     os.kill(worker, signal.SIGSTOP)
@@ -114,7 +114,8 @@ def _submission(client: Peer, local: LocalFleet, jobs_per_s: float, seconds: flo
 def _await_depth(url: str, queue: str, count: int) -> None:
     until = time.monotonic() + _SUBMIT_TIMEOUT_S
     with redis.Redis.from_url(url) as broker:
-        while sum(int(broker.llen(key)) for key in queue_keys(queue)) < count:
+        # Redis hands a halted worker what it was waiting for.
+        while sum(int(broker.llen(key)) for key in queue_keys(queue)) + int(broker.hlen("unacked")) < count:
             if time.monotonic() > until:
                 raise RuntimeError(f"{count} jobs were not queued within {_SUBMIT_TIMEOUT_S} s")
             time.sleep(0.01)
