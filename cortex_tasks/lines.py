@@ -55,9 +55,16 @@ class ScriptLine:
     def _call(self, command: tuple[Any, ...]) -> Any:
         if self._connection is None:
             self._connection = self._pool.get_connection()
-        # It connects anew by itself, and leaves no answer unread: whatever goes wrong disconnects it.
-        self._connection.send_command(*command)
-        return self._connection.read_response()
+        # It connects anew by itself.
+        try:
+            self._connection.send_command(*command)
+            return self._connection.read_response()
+        except redis.ResponseError:
+            raise
+        except BaseException:
+            # Ctrl-C in between: nobody else may read this answer.
+            self._connection.disconnect()
+            raise
 
     def close(self) -> None:
         """Give the connection back."""
@@ -80,6 +87,7 @@ class AsyncScriptLine:
         self._timeout_s = timeout_s
         self._connection: Any = None
         self._taken = False
+        self._closed = False
 
     @property
     def taken(self) -> bool:
@@ -93,6 +101,9 @@ class AsyncScriptLine:
         assert not self._taken
         self._taken = True
         try:
+            if self._connection is None and not self._closed:
+                # Has time-outs of its own.
+                self._connection = await self._pool.get_connection()
             async with asyncio.timeout(self._timeout_s):
                 by_name, by_text = _commands(self._script, keys, args)
                 try:
@@ -111,14 +122,15 @@ class AsyncScriptLine:
             return await self._call(command)
 
     async def _call(self, command: tuple[Any, ...]) -> Any:
-        if self._connection is None:
-            self._connection = await self._pool.get_connection()
+        if self._closed:
+            raise redis.ConnectionError("the client was closed")
         # It connects anew by itself, and leaves no answer unread: whatever goes wrong disconnects it.
         await self._connection.send_command(*command)
         return await self._connection.read_response()
 
     async def close(self) -> None:
-        """Give the connection back."""
+        """Give the connection back, for good."""
+        self._closed = True
         connection, self._connection = self._connection, None
         if connection is not None:
             await self._pool.release(connection)

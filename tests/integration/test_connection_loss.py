@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
+from base64 import b64decode
 from pathlib import Path
+from typing import Any
 
 import pytest
 import redis
@@ -43,4 +46,32 @@ def test_every_job_is_answered_though_connections_break(redis_url: str, tmp_path
         assert {loads(raw)["status"] for raw in client.mget(keys)} == {"SUCCESS"}
         assert client.keys("cortex:dead:*") == []
         assert worker.process.poll() is None
+    app.close()
+
+
+def test_a_monitor_that_comes_after_a_loss_hears_of_jobs_at_once(redis_url: str, tmp_path: Path) -> None:
+    app = Celery("plain", broker=redis_url, backend=redis_url, set_as_current=False)
+
+    def answered() -> str:
+        job = app.send_task("cortex.embed", kwargs={"inputs": ["a text"], "model": "slow"}, queue="slow")
+        poll_until(lambda: client.exists(result_key(job.id)), "the answer", 60)
+        return str(job.id)
+
+    def tells_of(job_id: str, message: Any) -> bool:
+        if message is None or message["type"] != "pmessage":
+            return False
+        sent = json.loads(message["data"])
+        told = json.loads(b64decode(sent["body"]) if sent["properties"]["body_encoding"] == "base64" else sent["body"])
+        return any(event.get("uuid") == job_id for event in (told if isinstance(told, list) else [told]))
+
+    with redis.Redis.from_url(redis_url) as client, WorkerProcess(redis_url, tmp_path / "worker.log", queues="slow"):
+        answered()
+        client.execute_command("CLIENT", "KILL", "TYPE", "normal", "SKIPME", "yes")
+        for _ in range(2):
+            answered()
+        with client.pubsub() as monitor:
+            monitor.psubscribe("/0.celeryev/*")
+            monitor.get_message(timeout=5)
+            job_id = answered()
+            poll_until(lambda: tells_of(job_id, monitor.get_message(timeout=0.1)), "an event of the job")
     app.close()

@@ -40,20 +40,21 @@ _CARRIED_BYTES: Final = 64 * 1024
 # Store results, publish each on the channel of its key (where a stock AsyncResult listens), and put the results of a
 # client's jobs into one message on its reply channel, as ``codec.read_reply`` reads it; then acknowledge the jobs'
 # messages.
-# KEYS: kombu's unacked hash and index, the results' keys. ARGV: magic, length of the keys' prefix, longest result that
-# is carried (bytes), then for each result: seconds to live (0: for ever), reply channel ("": none), delivery tag ("":
-# none), result.
-# Returns the first refusal of a publication (a user of an ACL may lack the channel), or "".
+# KEYS: the results' keys, then kombu's unacked hash and index if any result has a delivery tag. ARGV: magic, length of
+# the keys' prefix, longest result that is carried (bytes), number of results, then for each: seconds to live (0: for
+# ever), reply channel ("": none), delivery tag ("": none), result.
+# Returns the first refusal of a publication (a user of an ACL may lack the channel), or "", and how many messages were
+# acknowledged.
 _STORE = """
-local clients, order, acknowledged, refused = {}, {}, {}, ''
+local clients, order, tags, refused, count, acknowledged = {}, {}, {}, '', tonumber(ARGV[4]), 0
 local function publish(channel, message)
   local reply = redis.pcall('PUBLISH', channel, message)
   if type(reply) == 'table' and reply.err and refused == '' then refused = reply.err end
 end
-for i = 1, #KEYS - 2 do
-  local key = KEYS[i + 2]
-  local ttl, channel, tag, result = ARGV[4 * i], ARGV[4 * i + 1], ARGV[4 * i + 2], ARGV[4 * i + 3]
-  if tag ~= '' then acknowledged[#acknowledged + 1] = tag end
+for i = 1, count do
+  local key = KEYS[i]
+  local ttl, channel, tag, result = ARGV[4 * i + 1], ARGV[4 * i + 2], ARGV[4 * i + 3], ARGV[4 * i + 4]
+  if tag ~= '' then tags[#tags + 1] = tag end
   if ttl == '0' then
     redis.call('SET', key, result)
   else
@@ -77,11 +78,11 @@ end
 for _, channel in ipairs(order) do
   publish(channel, table.concat(clients[channel]))
 end
-if #acknowledged > 0 then
-  redis.call('HDEL', KEYS[1], unpack(acknowledged))
-  redis.call('ZREM', KEYS[2], unpack(acknowledged))
+if #tags > 0 then
+  acknowledged = redis.call('HDEL', KEYS[count + 1], unpack(tags))
+  redis.call('ZREM', KEYS[count + 2], unpack(tags))
 end
-return refused
+return {refused, acknowledged}
 """
 
 
@@ -178,23 +179,26 @@ class BatchedRedisBackend(RedisBackend):
         del self._stored[: len(large)]
         acknowledged: set[str] = set()
         for call in _calls(small):
-            self._flush_small(call)
-            acknowledged.update(entry.tag for entry in call if entry.tag)
+            acknowledged |= self._flush_small(call)
             del self._stored[: len(call)]
         return acknowledged
 
-    def _flush_small(self, stored: Sequence[_Stored]) -> None:
+    def _flush_small(self, stored: Sequence[_Stored]) -> set[str]:
         if self._line is None:
             self._line = ScriptLine(self.client, _STORE)
-        arguments: list[Any] = [REPLY_MAGIC, len(result_key("")), _CARRIED_BYTES]
+        arguments: list[Any] = [REPLY_MAGIC, len(result_key("")), _CARRIED_BYTES, len(stored)]
         for entry in stored:
             channel = entry.reply_to if is_reply_channel(entry.reply_to) else ""
             arguments += (entry.expires_s or 0, channel, entry.tag, entry.payload)
-        keys = [*UNACKED_KEYS, *(entry.key for entry in stored)]
+        tags = {entry.tag for entry in stored if entry.tag}
+        keys = [*(entry.key for entry in stored), *(UNACKED_KEYS if tags else ())]
         if self.rider is not None and self.rider.waiting:
-            self._note_refusal(self._send_with_rider(keys, arguments))
+            refused, acknowledged = self._send_with_rider(keys, arguments)
         else:
-            self._note_refusal(self._line.run(keys, arguments))
+            refused, acknowledged = self._line.run(keys, arguments)
+        self._note_refusal(refused)
+        # Fewer: a message is in another Redis, or another worker's by now. Celery's own way is right for all of them.
+        return tags if acknowledged == len(tags) else set()
 
     def _send_with_rider(self, keys: Sequence[str], arguments: Sequence[Any]) -> Any:
         with self.client.pipeline(transaction=False) as pipe:

@@ -32,7 +32,9 @@ _HOLD_S: Final = 0.1
 
 def _on_the_hub(after_s: float, call: Callable[[], None]) -> None:
     hub = get_event_loop()
-    if hub is not None:
+    if hub is None:
+        call()
+    else:
         hub.call_later(after_s, call)
 
 
@@ -51,10 +53,10 @@ class TurnDispatcher(EventDispatcher):
         """Stock, but that task events are held back for a moment when nobody listened to the one before."""
         if self._heard or not type.startswith(_GROUP) or self.on_send_buffered is None:
             return super().send(type, *args, **fields)
-        if not self._held:
-            self._call_later(_HOLD_S, self._tell_held)
         self._held.append((type, args, {"timestamp": time.time(), **fields}))
-        if len(self._held) >= _BUFFER_EVENTS:
+        if len(self._held) == 1:
+            self._call_later(_HOLD_S, self._tell_held)
+        elif len(self._held) >= _BUFFER_EVENTS:
             self._tell_held()
         return None
 

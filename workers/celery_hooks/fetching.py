@@ -142,20 +142,22 @@ class Wait:
     def end(self) -> tuple[list[Fetched], bool, ResponseError | None]:
         """Read what came: messages, whether there may be more, and what Redis refused, if anything.
 
-        Raises redis-py's ConnectionError.
+        Raises redis-py's ConnectionError; what was promised stays noted then, since it may have been taken.
         """
-        fetch, self.fetch, self.since_s = self.fetch, None, None
         refusal = self._read_look()
-        if fetch is None:
-            # When the time ran out as well: the lists that nobody waits for are to be looked at.
-            return [], True, refusal
-        try:
-            taken = list(fetch.messages(self.connection.read_response()))
-        except NoScriptError:
-            return [], True, refusal
-        except ResponseError as error:
-            return [], True, refusal or error
-        return taken, len(taken) == fetch.room, refusal
+        # After a look whose time ran out as well: the lists that nobody waits for are to be looked at.
+        taken: list[Fetched] = []
+        more = True
+        if self.fetch is not None:
+            try:
+                taken = list(self.fetch.messages(self.connection.read_response()))
+                more = len(taken) == self.fetch.room
+            except NoScriptError:
+                pass
+            except ResponseError as error:
+                refusal = refusal or error
+        self.fetch = self.since_s = None
+        return taken, more, refusal
 
     def _read_look(self) -> ResponseError | None:
         try:

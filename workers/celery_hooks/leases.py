@@ -138,18 +138,25 @@ class LeasedQoS(kombu_redis.QoS):
             records = client.hmget(self.unacked_key, delivery_tags)
         # The one that was taken first is next in line again.
         for tag, record in reversed(list(zip(delivery_tags, records, strict=True))):
-            if record is not None:
+            if record is None:
+                continue
+            try:
                 self._give_back(tag)
+            except malformed.UNREADABLE as error:
+                self._park(tag, error)
 
     def restore_by_tag(self, tag: Any, client: Any = None, leftmost: bool = False) -> None:
         """Stock, but a record that cannot be read is parked instead of stopping the sweep for good."""
         try:
             super().restore_by_tag(tag, client=client, leftmost=leftmost)
         except malformed.UNREADABLE as error:
-            with self.channel.conn_or_acquire(client) as redis:
-                record = redis.hget(self.unacked_key, tag) or b""
-                raw, queue = malformed.split_record(record)
-                malformed.park(redis, (self.unacked_key, self.unacked_index_key), queue, tag, raw, error)
+            self._park(tag, error, client)
+
+    def _park(self, tag: Any, error: Exception, client: Any = None) -> None:
+        with self.channel.conn_or_acquire(client) as redis:
+            record = redis.hget(self.unacked_key, tag) or b""
+            raw, queue = malformed.split_record(record)
+            malformed.park(redis, (self.unacked_key, self.unacked_index_key), queue, tag, raw, error)
 
     def held_tags(self) -> list[str]:
         """Delivery tags not yet acknowledged. Called by another thread than the one that changes them."""

@@ -286,7 +286,7 @@ class BatchingPool(BasePool):
         stored, self._unstored = self._unstored, []
         for ticket, returned in stored:
             self._forget(ticket)
-            if ticket.request.message.delivery_tag in acknowledged:
+            if ticket.request.message.delivery_tag in acknowledged and not ticket.request.acknowledged:
                 leases.acknowledged(ticket.request.message)
             self._call_back(ticket, returned)
         if self.draining:

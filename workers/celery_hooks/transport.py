@@ -16,6 +16,7 @@ from itertools import count
 from typing import Any, Final
 from uuid import uuid4
 
+from kombu.asynchronous import set_event_loop
 from kombu.transport import TRANSPORT_ALIASES
 from kombu.transport import redis as kombu_redis
 from kombu.utils.json import dumps
@@ -105,12 +106,11 @@ class CortexChannel(kombu_redis.Channel):
         try:
             # Until the lists are empty or the worker is full. A list that still holds something ends its wait at once.
             for _ in range(_FETCHES_A_TURN):
-                if not self._may_be_more or not self.qos.can_consume():
+                if not self._may_be_more or not self._room():
                     break
                 self._may_be_more = self._fetch()
-            if self.qos.can_consume():
-                self._wait(loop)
-            if not self.qos.can_consume() or not self._bulk_room():
+            self._wait(loop)
+            if not self._room() or not self._bulk_room():
                 # Then some lists have no wait that would tell.
                 self._may_be_more = True
         except ResponseError as error:
@@ -125,7 +125,7 @@ class CortexChannel(kombu_redis.Channel):
         """Take messages and deliver them; returns whether there may be more."""
         room = self._room()
         fetch = self._plan(room, min(self._bulk_room(), room))
-        if not fetch.lists.of or not room:
+        if not fetch.lists.of:
             return False
         if self._fetch_script is None:
             with self.conn_or_acquire() as client:
@@ -216,6 +216,9 @@ class CortexChannel(kombu_redis.Channel):
     def _wait(self, loop: Any) -> None:
         """Begin a wait for each list that has none, and let the loop tell when it ends."""
         for key, priority in self._not_waited_for():
+            if not self._room():
+                # The rest is promised to waits that stand. A look would end at once, again and again.
+                break
             wait = self._waits.get(key)
             if wait is None:
                 # Not of the pool: its size is for commands, these stay for good.
@@ -313,6 +316,8 @@ class CortexTransport(kombu_redis.Transport):
 
     def register_with_event_loop(self, connection: Any, loop: Any) -> None:
         self.cycle.loop = loop
+        # A hub that was reset after a connection was lost is nobody's any more; events ask for it (see ``events``).
+        set_event_loop(loop)
         super().register_with_event_loop(connection, loop)
 
 

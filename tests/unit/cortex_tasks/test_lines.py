@@ -97,6 +97,17 @@ def test_a_late_answer_is_nobodys(redis_url: str) -> None:
         assert line.run([], ["b", 0]) == b"b"
 
 
+def test_an_interrupted_call_leaves_no_answer_behind(client: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    line = ScriptLine(client, SCRIPT)
+    line.run(["n"], ["a"])
+    connection = line._connection
+    with monkeypatch.context() as patched:
+        patched.setattr(connection, "read_response", lambda: (_ for _ in ()).throw(KeyboardInterrupt()))
+        with pytest.raises(KeyboardInterrupt):
+            line.run(["n"], ["interrupted"])
+    assert line.run(["n"], ["b"]) == b"b"
+
+
 def test_a_redis_that_is_away_is_an_error_and_its_return_is_noticed(tmp_path: Path) -> None:
     with RedisServer(directory=tmp_path) as server, redis.Redis.from_url(server.url, retry=None) as client:
         line = ScriptLine(client, SCRIPT)
@@ -124,8 +135,18 @@ async def test_async_it_returns_what_the_script_returns(async_client: Any, clien
     client.delete("n")
     assert await line.run(["n"], ["f"]) == b"f"
     await line.close()
-    assert await line.run(["n"], ["g"]) == b"g"
+    with pytest.raises(redis.ConnectionError, match="closed"):
+        await line.run(["n"], ["g"])
+
+
+async def test_async_a_line_that_is_closed_meanwhile_opens_no_connection(async_client: Any) -> None:
+    line = AsyncScriptLine(async_client, SLOW, 5.0)
+    await line.run([], ["a", 0])
+    asked = asyncio.create_task(line.run([], ["b", 100_000]))
+    await asyncio.sleep(0.02)
     await line.close()
+    await asyncio.gather(asked, return_exceptions=True)
+    assert line._connection is None
 
 
 async def test_async_it_says_when_it_is_taken(async_client: Any) -> None:

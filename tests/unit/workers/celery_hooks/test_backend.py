@@ -288,6 +288,27 @@ def test_a_message_is_acknowledged_with_its_answer(backend: BatchedRedisBackend,
     assert backend.flush() == set()
 
 
+def test_a_message_that_is_not_here_is_left_to_celery(backend: BatchedRedisBackend, client: Any) -> None:
+    """As when the broker in use is another Redis, or another worker took the message over."""
+    claim(client, "here")
+    for job_id, tag in (("1", "here"), ("2", "elsewhere")):
+        backend.collect_success(job_id, answer(), REPLY, tag)
+    assert backend.flush() == set()
+    assert claims(client) == set()
+    assert client.exists(result_key("1"), result_key("2")) == 2
+
+
+def test_a_user_of_the_results_alone_can_store_them(tmp_path: Path) -> None:
+    """Without delivery tags nothing of the broker's is touched."""
+    with RedisServer(directory=tmp_path) as server, redis.Redis.from_url(server.url) as admin:
+        rules = ("on", "nopass", "~celery-task-meta-*", "resetchannels", "&*", "+@all")
+        admin.execute_command("ACL", "SETUSER", "results", *rules)
+        backend = backend_of(server.url.replace("redis://", "redis://results:x@"))
+        collect(backend, "1")
+        assert backend.flush() == set()
+        assert admin.exists(result_key("1"))
+
+
 def test_a_long_answers_message_is_left_to_celery(backend: BatchedRedisBackend, client: Any) -> None:
     claim(client, "short", "long")
     backend.collect_success("1", answer(), REPLY, "short")

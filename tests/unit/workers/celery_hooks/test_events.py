@@ -12,8 +12,10 @@ import pytest
 import redis
 from celery import Celery
 from kombu import Connection
+from kombu.asynchronous import set_event_loop
 
 from tests.support.redis_server import RedisServer
+from workers.celery_hooks import events
 from workers.celery_hooks.events import TurnDispatcher
 from workers.celery_hooks.transport import register_transport
 
@@ -156,6 +158,16 @@ def test_a_job_waits_for_no_question(bench: Bench) -> None:
     assert bench.turns == turns, "the hub has no turn to end for it"
     bench.moment_over()
     assert published(bench) == before + 1
+
+
+def test_without_a_hub_to_wait_on_the_question_is_asked_at_once(bench: Bench) -> None:
+    bench.turn("first")
+    bench.dispatcher._call_later = events._on_the_hub
+    set_event_loop(None)
+    before = published(bench)
+    bench.dispatcher.send("task-received", uuid="second")
+    assert published(bench) == before + 1
+    assert bench.dispatcher._held == []
 
 
 def test_what_is_held_back_stays_bounded(bench: Bench) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import redis
 from kombu import Connection, Exchange, Queue
+from kombu.asynchronous import get_event_loop
 from kombu.transport import redis as kombu_redis
 
 from cortex_tasks.codec import queue_key, queue_keys
@@ -229,6 +230,70 @@ def test_what_a_wait_took_and_nobody_read_goes_back_in_its_order(redis_url: str,
             assert not any(raw["properties"]["delivery_info"].get("redelivered") for raw in raws)
         if end not in ("cancel", "close"):
             worker.turn_until(lambda: set(worker.names) == set("abcAB"), "all of them")
+
+
+def test_what_is_promised_leaves_no_busy_worker_looking(redis_url: str, client: Any) -> None:
+    """A worker whose last room is promised to a wait that stands looks no more until there is room."""
+    with consuming(redis_url, prefetch=64) as worker:
+        worker.turn(3)
+        push(client, *(str(n) for n in range(500)))
+        worker.turn_until(lambda: len(worker.messages) >= 56, "a full worker")
+        before = client.info("commandstats")["cmdstat_blmove"]["calls"]
+        worker.turn(30)
+        assert client.info("commandstats")["cmdstat_blmove"]["calls"] - before <= 4
+        for one in worker.messages[:20]:
+            one.ack()
+        worker.turn_until(lambda: len(worker.messages) >= 76, "the next ones")
+
+
+def test_a_priority_in_between_is_fetched_whenever_there_is_room(redis_url: str, client: Any) -> None:
+    with consuming(redis_url, prefetch=64) as worker:
+        worker.turn(3)
+        push(client, *(str(n) for n in range(400)), priority=3)
+        push(client, "first")
+        turns = 0
+        while len(worker.messages) < 401:
+            worker.turn()
+            turns += 1
+            for one in worker.messages:
+                if not one.acknowledged:
+                    one.ack()
+        assert turns < 200
+
+
+def test_a_wait_whose_answer_is_lost_is_given_back(
+    worker: Consuming, client: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def reset() -> None:
+        raise redis.ConnectionError("reset by peer")
+
+    worker.turn(3)
+    push(client, "a", "b")
+    poll_until(lambda: recorded(client) == 2, "the wait to take")
+    for wait in worker.channel._waits.values():
+        monkeypatch.setattr(wait.connection, "read_response", reset)
+    with pytest.raises(worker.connection.connection_errors):
+        worker.turn_until(lambda: False, "an error")
+    assert recorded(client) == 0
+    assert left(client) == 2
+
+
+def test_what_cannot_be_read_is_parked_when_waits_are_closed(worker: Consuming, client: Any) -> None:
+    worker.turn(3)
+    client.lpush("q", message("a"), b"not json", message("b"))
+    poll_until(lambda: recorded(client) == 3, "the wait to take")
+    worker.channel.close()
+    assert recorded(client) == 0
+    assert left(client) == 2
+    assert json.loads(client.lindex("cortex:dead:q", 0))["message"] == "not json"
+
+
+def test_each_connection_has_the_hub_for_its_timers(redis_url: str) -> None:
+    with consuming(redis_url) as first:
+        first.hub.reset()
+        assert get_event_loop() is not first.hub
+    with consuming(redis_url) as second:
+        assert get_event_loop() is second.hub
 
 
 def test_a_lease_is_never_shorter_for_a_wait(worker: Consuming, client: Any) -> None:
