@@ -94,7 +94,9 @@ def future_of(times: pd.DatetimeIndex, horizon: int, frequency: str | None) -> p
         step = pd.tseries.frequencies.to_offset(frequency) if frequency is not None else _spacing(times)
         future = pd.date_range(times[-1], periods=horizon + 1, freq=step)
         future = future[future > times[-1]][:horizon].as_unit("us")
-        forward = len(future) == horizon and future.is_unique and future[-1].year <= 9999
+        # Again, since what was later by nanoseconds no longer is.
+        later = len(future) == horizon and future[0] > times[-1]
+        forward = later and future.is_unique and future[-1].year <= 9999
     except (ValueError, OverflowError, TypeError) as error:
         raise InvalidParameter(
             f"{named} cannot be used: {str(error)[:200]}; name a pandas offset alias such as 'D', 'h' or 'MS'",

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from cortex_tasks.catalog import TASKS
@@ -296,6 +296,7 @@ def test_a_frequency_that_leads_nowhere_fails_each_item_at_once(
 
 
 @settings(max_examples=200, deadline=None)
+@example("800ns")
 @given(
     st.text(min_size=1, max_size=20)
     | st.from_regex(r"-?[0-9]{0,6}(D|h|min|s|us|ns|W|MS|ME|YE|QS|B|bh|C|SMS)", fullmatch=True)
