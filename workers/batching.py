@@ -70,6 +70,8 @@ class Batch(Generic[T]):
     group: Group
     items: list[Waiting[T]]
     budget: Budget
+    #: Only the budget kept it from growing: others of its group and lane still wait.
+    full: bool = False
 
     @property
     def padded_tokens(self) -> int:
@@ -115,7 +117,8 @@ class Batcher(Generic[T]):
         for item in chosen:
             item._taken = True
         self._size -= len(chosen)
-        return Batch(head.group, chosen, limit)
+        full = not head.alone and (head.group, head.lane) in self._by_length
+        return Batch(head.group, chosen, limit, full)
 
     def _next_lane(self) -> Lane | None:
         interactive, bulk = (self._surface(lane) for lane in ("interactive", "bulk"))

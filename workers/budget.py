@@ -4,13 +4,17 @@ Throughput over the budget has a hump: small batches pay the overhead of a pass,
 or pad more. Where the hump lies differs by machine, engine and traffic, so it is measured: at warm-up over powers of
 two, and online, where now and then a full batch tries the neighbouring budget. What counts is tokens of texts a
 second, padding excluded. Of budgets that are about equally good the smallest wins: it keeps others waiting less.
+
+Budgets lie within a few percent of each other, and a machine that others use changes its speed by more than that from
+one minute to the next. So online only *ratios* are learned: a trial is compared with the batches just before it, as
+paired measurements are; what slows the whole machine, or texts of another length, then counts for neither side.
 Pure: no clock, no randomness.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Final
 
@@ -21,20 +25,24 @@ _SMALLEST_TOKENS: Final = 128
 _MARGIN: Final = 1.03
 #: A brief batch may be this much slower, by the token.
 _BRIEF_MARGIN: Final = 1.15
-#: Weight of a new observation.
-_WEIGHT: Final = 0.2
+#: Weight of a new batch in the present speed of the best budget.
+_WEIGHT_NOW: Final = 0.25
+#: Least weight of a new trial in what is known of its budget: that of some twenty.
+_WEIGHT: Final = 0.1
 #: One full batch in so many tries a neighbour.
 _EXPLORE_EVERY: Final = 16
 #: The same while a neighbour was not seen often enough.
 _EXPLORE_NEW: Final = 4
+#: Warm-up measures up to here, if its time lets it.
+_TRIED_TOKENS: Final = 1_024
 #: Times that the best budget and its neighbours are measured again at warm-up.
 _CALIBRATE_ROUNDS: Final = 2
-#: Observations before a neighbour is believed.
-_BELIEVE: Final = 3
+#: Trials before a neighbour is believed.
+_BELIEVE: Final = 4
+#: A trial is compared with the best budget's speed while no more batches than this ran under others.
+_FRESH: Final = 16
 #: A pass that is said to take less was not measured.
 _SHORTEST_S: Final = 1e-6
-#: A batch that fills less of its budget says nothing about it: there was no more to take.
-_FULL: Final = 0.7
 
 
 def candidates(ceiling_tokens: int) -> list[int]:
@@ -49,13 +57,17 @@ def candidates(ceiling_tokens: int) -> list[int]:
 
 @dataclass(slots=True)
 class _Seen:
-    tokens_per_s: float = 0.0
+    """What is known of a budget."""
+
+    #: Logarithm of its tokens a second; None: not known. Only differences between budgets mean anything.
+    log_rate: float | None = None
+    #: Batches of jobs. The first replaces what warm-up found.
     count: int = 0
 
-    def add(self, tokens_per_s: float) -> None:
-        weight = max(_WEIGHT, 1 / (self.count + 1))
-        self.tokens_per_s += weight * (tokens_per_s - self.tokens_per_s)
+    def add(self, log_rate: float) -> None:
+        known = self.log_rate if self.count and self.log_rate is not None else log_rate
         self.count += 1
+        self.log_rate = known + max(_WEIGHT, 1 / self.count) * (log_rate - known)
 
 
 @dataclass(slots=True)
@@ -66,6 +78,10 @@ class BudgetLearner:
     _steps: list[int] = field(init=False)
     _seen: dict[int, _Seen] = field(init=False)
     _best: int = field(init=False)
+    #: Logarithm of the tokens a second that the best budget reaches now; None: not seen since it is the best.
+    _now: float | None = None
+    #: Batches under other budgets since then.
+    _others: int = 0
     _turn: int = 0
     _trying: int | None = None
 
@@ -87,8 +103,10 @@ class BudgetLearner:
         return min((step for step, rate in rates.items() if rate >= good_enough), default=self.best_tokens)
 
     def rates(self) -> dict[int, float]:
-        """Tokens a second by budget, of the budgets measured so far."""
-        return {step: seen.tokens_per_s for step, seen in self._seen.items() if seen.count}
+        """Tokens a second by budget, of the budgets measured so far; the fastest is 1."""
+        logs = {step: seen.log_rate for step, seen in self._seen.items() if seen.log_rate is not None}
+        fastest = max(logs.values(), default=0.0)
+        return {step: math.exp(log_rate - fastest) for step, log_rate in logs.items()}
 
     def next_tokens(self) -> int:
         """The budget for the next batch: the best, or now and then a neighbour."""
@@ -100,7 +118,7 @@ class BudgetLearner:
         self, run: Callable[[int], float], budget_s: float, clock: Callable[[], float], *, most_tokens: float = math.inf
     ) -> None:
         """Measure budgets from small to large until it gets no better, then the best and its neighbours again, until
-        ``budget_s`` is spent. Of several rates of a budget the best counts: what else runs here only slows.
+        ``budget_s`` is spent. Of several rates (above 0) of a budget the best counts: what else runs here only slows.
 
         ``run(tokens)`` runs a full batch of about so many tokens and returns tokens of texts a second. ``most_tokens``:
         its batches grow no larger.
@@ -114,32 +132,46 @@ class BudgetLearner:
                 best, no_better = rate, 0
             else:
                 no_better += 1
-            # One slow measurement may be chance.
-            if no_better == 2 or clock() > until_s:
+            # One slow measurement may be chance, and small batches cost little.
+            if (no_better >= 2 and step >= _TRIED_TOKENS) or clock() > until_s:
                 break
-        self._choose(step for step in self._steps if self._seen[step].count)
+        self._choose(0)
         for _ in range(_CALIBRATE_ROUNDS):
             for step in self._steps[max(0, self._best - 1) : min(self._best + 2, growing)]:
                 if clock() > until_s:
                     return
                 self._try(run, step)
-            self._choose(step for step in self._steps if self._seen[step].count)
+            self._choose(0)
 
     def _try(self, run: Callable[[int], float], step: int) -> float:
         rate, seen = run(step), self._seen[step]
-        seen.tokens_per_s, seen.count = max(seen.tokens_per_s, rate), 1
+        log_rate = math.log(rate)
+        seen.log_rate = log_rate if seen.log_rate is None else max(seen.log_rate, log_rate)
         return rate
 
-    def observe(self, budget_tokens: int, padded_tokens: int, tokens: int, seconds: float) -> None:
-        """A batch ran under a budget: its padded size, the tokens of its texts, its time."""
+    def observe(self, budget_tokens: int, tokens: int, seconds: float) -> None:
+        """A batch ran that only its budget kept from growing: the tokens of its texts, its time.
+
+        One that found no more to take says nothing of the budget, and is none of the learner's business.
+        """
         seen = self._seen.get(budget_tokens)
-        if seen is None or seconds < _SHORTEST_S or padded_tokens < _FULL * budget_tokens:
+        if seen is None or seconds < _SHORTEST_S or tokens < 1:
             return
-        seen.add(tokens / seconds)
-        self._trying = None
-        self._choose(step for step in self._steps if self._seen[step].count >= _BELIEVE or step == self.best_tokens)
+        log_rate = math.log(tokens / seconds)
+        best = self._seen[self.best_tokens]
+        if best.log_rate is None:
+            best.log_rate = log_rate
+        if seen is best:
+            # What the others are compared with: its own place stays.
+            best.count += 1
+            self._now = log_rate if self._now is None else self._now + _WEIGHT_NOW * (log_rate - self._now)
+            self._others = 0
+        elif self._now is not None and self._others < _FRESH:
+            self._others += 1
+            seen.add(best.log_rate + log_rate - self._now)
+            self._choose(_BELIEVE)
         self._turn += 1
-        self._trying = self._neighbour()
+        self._trying = self._neighbour() if self._now is not None else None
 
     def _neighbour(self) -> int | None:
         """What the next full batch tries, if anything: often a neighbour of the best that is not believed yet, else,
@@ -152,10 +184,11 @@ class BudgetLearner:
             return None
         return sides[self._turn // _EXPLORE_EVERY % len(sides)]
 
-    def _choose(self, believed: Iterable[int]) -> None:
-        """The smallest of the budgets that are about as good as the best."""
-        rates = {step: self._seen[step].tokens_per_s for step in believed}
-        if not rates:
-            return
-        good_enough = max(rates.values()) / _MARGIN
-        self._best = self._steps.index(min(step for step, rate in rates.items() if rate >= good_enough))
+    def _choose(self, enough: int) -> None:
+        """The smallest of the budgets that are about as good as the best, of those seen often enough."""
+        rates = self.rates()
+        believed = [step for step in rates if step == self.best_tokens or self._seen[step].count >= enough]
+        good_enough = max((rates[step] for step in believed), default=0.0) / _MARGIN
+        best = min((step for step in believed if rates[step] >= good_enough), default=self.best_tokens)
+        if best != self.best_tokens:
+            self._best, self._now = self._steps.index(best), None

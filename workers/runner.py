@@ -160,9 +160,9 @@ class Runner(threading.Thread):
                 self._events.survived(slot.job, slot.index)
         pass_s = time.perf_counter() - started_s
         self._usual_pass_s += 0.2 * (pass_s - self._usual_pass_s)
-        if model.learner is not None and len(slots) == len(batch.items):
+        if model.learner is not None and batch.full and len(slots) == len(batch.items):
             tokens = sum(waiting.cost_tokens for waiting in batch.items)
-            model.learner.observe(batch.budget.max_padded_tokens, batch.padded_tokens, tokens, pass_s)
+            model.learner.observe(batch.budget.max_padded_tokens, tokens, pass_s)
         model.batches += 1
         model.items += len(slots)
         self._settle(model, slots, outcomes, pass_s * 1e3)

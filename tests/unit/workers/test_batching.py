@@ -104,6 +104,18 @@ def test_a_suspect_shares_its_batch_with_nobody() -> None:
     assert drain(batcher, limits()) == [[0, 2, 3], [1]]
 
 
+def test_a_batch_is_full_while_others_of_its_group_and_lane_wait() -> None:
+    batcher: Batcher[int] = Batcher()
+    for number in range(3):
+        batcher.add(Waiting(number, EMBED))
+    batcher.add(Waiting(3, OTHER))
+    batcher.add(Waiting(4, EMBED, lane="bulk"))
+    full = []
+    while (batch := batcher.take(lambda _: limits(2))) is not None:
+        full.append(([waiting.payload for waiting in batch.items], batch.full))
+    assert full == [([0, 1], True), ([2], False), ([3], False), ([4], False)]
+
+
 @given(
     st.lists(
         st.tuples(
