@@ -24,7 +24,7 @@ _SMALLEST_TOKENS: Final = 128
 #: A larger budget must be this much better than a smaller one.
 _MARGIN: Final = 1.03
 #: A brief batch may be this much slower, by the token.
-_BRIEF_MARGIN: Final = 1.15
+_BRIEF_MARGIN: Final = 1.25
 #: Weight of a new batch in the present speed of the best budget.
 _WEIGHT_NOW: Final = 0.25
 #: Least weight of a new trial in what is known of its budget: that of some twenty.
@@ -33,8 +33,8 @@ _WEIGHT: Final = 0.1
 _EXPLORE_EVERY: Final = 16
 #: The same while a neighbour was not seen often enough.
 _EXPLORE_NEW: Final = 4
-#: Warm-up measures up to here, if its time lets it.
-_TRIED_TOKENS: Final = 1_024
+#: Batches up to here cost little: warm-up measures all of them, and twice, if its time lets it.
+_CHEAP_TOKENS: Final = 1_024
 #: Times that the best budget and its neighbours are measured again at warm-up.
 _CALIBRATE_ROUNDS: Final = 2
 #: Trials before a neighbour is believed.
@@ -124,30 +124,25 @@ class BudgetLearner:
         its batches grow no larger.
         """
         until_s = clock() + budget_s
-        best, no_better = 0.0, 0
         growing = sum(step < most_tokens for step in self._steps) + 1
-        for step in self._steps[:growing]:
-            rate = self._try(run, step)
-            if rate > best * _MARGIN:
-                best, no_better = rate, 0
-            else:
-                no_better += 1
-            # One slow measurement may be chance, and small batches cost little.
-            if (no_better >= 2 and step >= _TRIED_TOKENS) or clock() > until_s:
+        cheap = [step for step in self._steps[:growing] if step <= _CHEAP_TOKENS]
+        for step in (*cheap, *cheap, *self._steps[len(cheap) : growing]):
+            self._try(run, step)
+            if clock() > until_s:
+                return
+            # One slow measurement may be chance.
+            if step > _CHEAP_TOKENS and self._steps.index(step) >= self._best + 2:
                 break
-        self._choose(0)
         for _ in range(_CALIBRATE_ROUNDS):
             for step in self._steps[max(0, self._best - 1) : min(self._best + 2, growing)]:
                 if clock() > until_s:
                     return
                 self._try(run, step)
-            self._choose(0)
 
-    def _try(self, run: Callable[[int], float], step: int) -> float:
-        rate, seen = run(step), self._seen[step]
-        log_rate = math.log(rate)
+    def _try(self, run: Callable[[int], float], step: int) -> None:
+        log_rate, seen = math.log(run(step)), self._seen[step]
         seen.log_rate = log_rate if seen.log_rate is None else max(seen.log_rate, log_rate)
-        return rate
+        self._choose(0)
 
     def observe(self, budget_tokens: int, tokens: int, seconds: float) -> None:
         """A batch ran that only its budget kept from growing: the tokens of its texts, its time.
