@@ -153,19 +153,20 @@ class Runner(threading.Thread):
         try:
             with self._placement:
                 outcomes = self._forward(model, batch, slots)
+                pass_s = time.perf_counter() - started_s
+                for slot in slots:
+                    if slot.job.suspect:
+                        self._events.survived(slot.job, slot.index)
+                model.batches += 1
+                model.items += len(slots)
+                # All that can wait comes after it: somebody waits for these answers.
+                self._settle(model, slots, outcomes, pass_s * 1e3)
         finally:
             self.running = None
-        for slot in slots:
-            if slot.job.suspect:
-                self._events.survived(slot.job, slot.index)
-        pass_s = time.perf_counter() - started_s
         self._usual_pass_s += 0.2 * (pass_s - self._usual_pass_s)
         if model.learner is not None and batch.full and len(slots) == len(batch.items):
             tokens = sum(waiting.cost_tokens for waiting in batch.items)
             model.learner.observe(batch.budget.max_padded_tokens, tokens, pass_s)
-        model.batches += 1
-        model.items += len(slots)
-        self._settle(model, slots, outcomes, pass_s * 1e3)
 
     def _wanted(self, batch: Batch[Slot]) -> list[Slot]:
         """The batch less the items of jobs that were cancelled, expired or may not run any more."""

@@ -6,7 +6,7 @@ whose ``__call__`` finds the outcome in ``workers.tasks.slot``. The results of a
 are stored in one round trip, then each is acknowledged.
 
 Touches celery 5.7's ``BasePool.on_apply`` contract (``accept_callback.__self__`` is the Request),
-``Request._payload``, ``Request._already_revoked`` and ``celery.worker.state.revoked``.
+``Request._payload``, ``Request._already_revoked``, ``Request._terminate_on_ack`` and ``celery.worker.state.revoked``.
 """
 
 from __future__ import annotations
@@ -211,12 +211,13 @@ class BatchingPool(BasePool):
 
     def _drain(self) -> None:
         """Act on all that the runners told so far."""
+        started: list[Ticket] = []
         finished: list[Ticket] = []
         while self._inbox and len(finished) < _TRACE_CHUNK:
             what, jobs = self._inbox.popleft()
             tickets = [job.ticket for job in jobs if not job.ticket.done]
             if what == "started":
-                self._accept(tickets)
+                started += tickets
             elif what == "dropped":
                 for ticket in tickets:
                     self._drop(ticket)
@@ -225,6 +226,7 @@ class BatchingPool(BasePool):
         for ticket in finished:
             ticket.outcome = self._outcome(ticket.job)
         self._complete(finished)
+        self._accept(started)
         if self._inbox:
             self._wake()
 
@@ -252,7 +254,8 @@ class BatchingPool(BasePool):
 
     def _complete(self, tickets: Sequence[Ticket]) -> None:
         """Trace each job, store all results in one round trip, then acknowledge each."""
-        self._accept(tickets)
+        # The others are told to have started when their answers are on their way.
+        self._accept([ticket for ticket in tickets if ticket.request._terminate_on_ack is not None])
         backend = self.app.backend
         batched = isinstance(backend, BatchedRedisBackend)
         with backend.collecting() if batched else nullcontext():
@@ -285,6 +288,7 @@ class BatchingPool(BasePool):
                 return
         stored, self._unstored = self._unstored, []
         for ticket, returned in stored:
+            self._accept([ticket])
             self._forget(ticket)
             if ticket.request.message.delivery_tag in acknowledged and not ticket.request.acknowledged:
                 leases.acknowledged(ticket.request.message)
