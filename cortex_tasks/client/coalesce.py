@@ -146,6 +146,8 @@ class _Pending:
 
 def _parts(plan: Plan, seats: list[Any]) -> list[list[Any]]:
     """Seats in lists that fit in a message each."""
+    if len(seats) == 1:
+        return [seats]
     most = min(GROUP_INPUTS, plan.limits.inputs_per_job)
     return [seats[part] for part in cut([seat.value for seat in seats], most, GROUP_CHARS)]
 

@@ -187,7 +187,8 @@ class Plan:
 
     def order_checked(self, values: list[Any]) -> Order:
         """Inputs that were checked before, as one job."""
-        return self.draft(Sifted(len(values), values, range(len(values)), {}), one_job=True)
+        indexes = range(len(values))
+        return Order(self, len(values), [self._job(values, indexes, self.clock())], {})
 
     def sift_one(self, value: Any) -> Sifted:
         """One input. Raises InvalidInput."""
@@ -235,12 +236,13 @@ class Plan:
             inputs, indexes = [inputs[at] for at in left], [indexes[at] for at in left]
         most, now = self.limits.inputs_per_job, self.clock()
         parts = cut(inputs, most, math.inf) if one_job else cut(inputs, min(most, JOB_INPUTS), JOB_CHARS)
-        drafts = []
-        for part in parts:
-            job_id = new_id()
-            message = self.envelope.seal(job_id, inputs[part], sent_at=now, deadline_s=self.deadline_s)
-            drafts.append(Draft(job_id, message, indexes[part]))
+        drafts = [self._job(inputs[part], indexes[part], now) for part in parts]
         return Order(self, sifted.count, drafts, sifted.refused, known)
+
+    def _job(self, values: Sequence[Any], indexes: Sequence[int], now_s: float) -> Draft:
+        job_id = new_id()
+        message = self.envelope.seal(job_id, values, sent_at=now_s, deadline_s=self.deadline_s)
+        return Draft(job_id, message, indexes)
 
     def full(self, jobs: int, depth: int, cards: Iterable[WorkerCard]) -> QueueFull:
         """The refusal of ``jobs`` by a queue in which ``depth`` jobs wait, with an estimate of when there is room."""

@@ -19,7 +19,7 @@ from typing import Any, Final, NamedTuple, Protocol
 from celery import states
 from celery.backends.redis import RedisBackend
 
-from cortex_tasks.codec import REPLY_MAGIC, Answer, is_reply_channel, result_key
+from cortex_tasks.codec import REPLY_MAGIC, SERIALIZER, Answer, dumps, is_reply_channel, result_key
 from cortex_tasks.errors import InferenceFailed
 from cortex_tasks.lines import ScriptLine
 from workers.celery_hooks.leases import UNACKED_KEYS
@@ -252,7 +252,8 @@ class BatchedRedisBackend(RedisBackend):
 
     def encode(self, data: Any) -> Any:
         """Raises InferenceFailed when the answer is longer than Redis takes."""
-        payload = super().encode(data)
+        # Celery and kombu would look the serializer up in three registries first.
+        payload = dumps(data) if self.serializer == SERIALIZER else super().encode(data)
         if len(payload) > self.answer_max_bytes:
             raise InferenceFailed(
                 f"the answer has {len(payload):,} bytes, over Redis's limit of {self.answer_max_bytes:,}; "

@@ -268,7 +268,7 @@ class BatchingPool(BasePool):
         self._store()
 
     def _trace(self, ticket: Ticket) -> Any:
-        """The triple that Celery's callbacks take, or the ExceptionInfo of what tracing raised."""
+        """As ``Tracer.trace``."""
         model_s = ticket.job.watch.model_s if ticket.job else 0.0
         request = ticket.request
         tag = leases.held_tag(request.message) if self._one_redis else ""
@@ -307,7 +307,7 @@ class BatchingPool(BasePool):
         """Let Celery acknowledge the job and tell what became of it."""
         call = ticket.error_callback if isinstance(returned, ExceptionInfo) else ticket.callback
         try:
-            call(returned)
+            call(self._tracer.told(ticket.request.task, ticket.target_args, returned))
         except (RedisError, OSError) as error:
             # It is delivered again when its lease ends, and gives the same answer.
             logger.warning("job %s was answered but not acknowledged: %s", ticket.request.id, type(error).__name__)

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 from billiard.einfo import ExceptionInfo
 from celery import Celery, signals
@@ -38,6 +38,14 @@ _FOLLOWS: Final = ("callbacks", "errbacks", "chain", "chord")
 _SPECIAL: Final = ("group", "parent_id", "ignore_result", "stamps")
 
 
+class Plain(NamedTuple):
+    """A plain job's answer is stored, and nobody was told yet."""
+
+    answer: Answer
+    #: The job's time in the model.
+    runtime_s: float
+
+
 class Tracer:
     """Makes a job's outcome its result. Used on the hub's thread, while the backend collects."""
 
@@ -58,8 +66,8 @@ class Tracer:
         model_s: float,
         tag: str = "",
     ) -> Any:
-        """The triple ``(failed, shown or error, runtime in seconds)`` that Celery's callbacks take, or the
-        ExceptionInfo of what was raised.
+        """What ``told`` makes into what Celery's callbacks take: the triple ``(failed, shown or error, runtime in
+        seconds)``, or the ExceptionInfo of what was raised.
 
         ``target``: Celery's tracer, ``arguments``: its own, the third of them the message's headers and the fourth its
         decoded body; ``model_s``: the job's time in the model, which its runtime includes; ``tag``: of its message,
@@ -103,13 +111,22 @@ class Tracer:
 
     def _plain(
         self, task: Any, job_id: str, outcome: Answer, headers: Mapping[str, Any], runtime_s: float, tag: str
-    ) -> tuple[int, str, float]:
+    ) -> Plain:
         self._backend.collect_success(job_id, outcome, headers.get("reply_to"), tag if task.acks_late else "")
+        return Plain(outcome, runtime_s)
+
+    def told(self, task: Any, arguments: Sequence[Any], returned: Any) -> Any:
+        """What Celery's callbacks take of what ``trace`` returned. A plain answer is described and logged here: once it
+        is on its way to whoever waits for it."""
+        if not isinstance(returned, Plain):
+            return returned
+        outcome, runtime_s = returned
         shown = repr(outcome)
         if len(shown) > task.resultrepr_maxsize:
             shown = saferepr(outcome, task.resultrepr_maxsize)
         if self._says_so:
-            context = {"id": job_id, "name": headers.get("shadow") or task.name, "return_value": shown}
+            headers = arguments[2]
+            context = {"id": arguments[1], "name": headers.get("shadow") or task.name, "return_value": shown}
             called = {"args": headers.get("argsrepr"), "kwargs": headers.get("kwargsrepr")}
             trace.info(trace.LOG_SUCCESS, {**context, "runtime": runtime_s, **called})
         return 0, shown, runtime_s

@@ -126,7 +126,7 @@ def test_the_stored_meta_is_the_one_that_celerys_tracer_stores(app: Celery, clie
     with backend.collecting():
         returned = Tracer(app).trace(task, not_called, arguments("plain"), ANSWER, 0.25)
     backend.flush()
-    assert returned == (0, repr(ANSWER), 0.25)
+    assert Tracer(app).told(task, arguments("plain"), returned) == (0, repr(ANSWER), 0.25)
     stock, plain = (loads(client.get(result_key(job_id))) for job_id in ("stock", "plain"))
     for meta in (stock, plain):
         meta.pop("task_id"), meta.pop("date_done")
@@ -138,7 +138,10 @@ def test_success_is_logged_as_celery_logs_it(
 ) -> None:
     monkeypatch.setattr(trace.logger, "propagate", True)
     caplog.set_level(logging.INFO, logger=trace.logger.name)
-    Tracer(app).trace(task_of(app), not_called, arguments("plain", kwargsrepr="{'inputs': …}"), ANSWER, 0.25)
+    tracer, task, called = Tracer(app), task_of(app), arguments("plain", kwargsrepr="{'inputs': …}")
+    returned = tracer.trace(task, not_called, called, ANSWER, 0.25)
+    assert not caplog.records
+    tracer.told(task, called, returned)
     [record] = caplog.records
     assert record.getMessage() == f"Task t.answer[plain] succeeded in 0.25s: {ANSWER!r}"
     assert record.data["kwargs"] == "{'inputs': …}"  # type: ignore[attr-defined]
