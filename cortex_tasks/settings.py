@@ -121,6 +121,8 @@ class Settings(BaseModel):
     tracer: Literal["cortex", "stock"] = "cortex"
     #: How long a warm shutdown goes on with jobs that have started.
     stop_grace_s: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 20.0
+    #: Whether a worker moves its objects to huge pages, where the kernel has them.
+    huge_pages: bool = True
 
     @classmethod
     def from_env(cls, environ: Mapping[str, str] | None = None) -> Settings:

@@ -27,6 +27,7 @@ from cortex_tasks.catalog import nearest
 from cortex_tasks.codec import HEADER
 from cortex_tasks.config import Delivery, FleetConfig, ImageConfig, Settings, load_fleet, mask_url
 from cortex_tasks.errors import CortexError
+from workers import huge_pages
 from workers.admission import Events
 from workers.celery_hooks.backend import BatchedRedisBackend
 from workers.celery_hooks.leases import LeaseKeeper
@@ -199,6 +200,8 @@ class Wiring:
         pinned = [alias for alias, model in registry.models.items() if model.config.load == "pinned"]
         with ThreadPoolExecutor(max_workers=max(1, len(pinned)), thread_name_prefix="load") as executor:
             list(executor.map(self._load_pinned, pinned))
+        if self.settings.huge_pages:
+            huge_pages.gather()
         spare_garbage()
         for runner in self._all_runners():
             runner.start()
