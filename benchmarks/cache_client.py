@@ -16,6 +16,7 @@ from benchmarks.stats import percentile
 from cortex_tasks import Cortex, load_fleet
 from cortex_tasks.cache.names import entry_prefix
 from cortex_tasks.config import FleetConfig
+from cortex_tasks.errors import CortexError
 from cortex_tasks.presence import read_cards
 from cortex_tasks.settings import Settings
 
@@ -53,6 +54,7 @@ def map_hits(*, model: str, seed: int, count: int, seconds: float) -> dict[str, 
         cpu_before_s, began_s = time.process_time(), time.perf_counter()
         while (elapsed_s := time.perf_counter() - began_s) < seconds or not hits:
             for item in cortex.map("embed", known, model, errors="raise"):
+                assert not isinstance(item, CortexError), "errors are raised"
                 hits += item.timings.cached == "l2"
         cpu = time.process_time() - cpu_before_s
     return {"per_s": hits / elapsed_s, "client_cpu_us": cpu * 1e6 / hits}
@@ -64,7 +66,9 @@ def single_hits(*, model: str, seed: int, seconds: float) -> dict[str, Any]:
     raw: Any = redis.Redis.from_url(Settings.from_env().cache)
     name = next(raw.scan_iter(match=entry_prefix(model) + b"*"))
     with Cortex(timeout_s=_TIMEOUT_S) as near, Cortex(timeout_s=_TIMEOUT_S, fleet=_without_near()) as far:
-        near_us, l2_ms, get_ms = [], [], []
+        near_us: list[float] = []
+        l2_ms: list[float] = []
+        get_ms: list[float] = []
         until_s = time.perf_counter() + seconds
         while time.perf_counter() < until_s or len(near_us) < 10:
             near.embed(text, model=model)

@@ -86,7 +86,8 @@ def _map(clients: list[Peer], each: int) -> float:
             sessions={},
         )
     answers = [client.answer() for client in clients]
-    return sum(answer["answers"] for answer in answers) / max(answer["elapsed_s"] for answer in answers)
+    per_s: float = sum(answer["answers"] for answer in answers) / max(answer["elapsed_s"] for answer in answers)
+    return per_s
 
 
 @contextlib.contextmanager
