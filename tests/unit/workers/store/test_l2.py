@@ -187,12 +187,11 @@ def test_many_writers_at_once_keep_the_budget_and_leave_whole_snapshots(redis_ur
         with redis.Redis.from_url(redis_url) as own:
             writer = L2(own, max_bytes=35_000, ttl_s=100, clock=Clock(), chunk_bytes=1_000)
             barrier.wait(20)
-            digests.append(Kept(writer, tmp_path, seed % 4).digest)
+            # Files of its own: who writes them anew would tear what a neighbour is reading.
+            digests.append(Kept(writer, tmp_path / f"writer-{seed}", seed % 4).digest)
 
     # Two of them write the same snapshot as another.
     threads = [threading.Thread(target=write, args=(seed,)) for seed in range(6)]
-    for directory in range(4):
-        snapshot(tmp_path / f"origin-{directory}", directory)
     for thread in threads:
         thread.start()
     for thread in threads:
