@@ -84,6 +84,8 @@ class BudgetLearner:
     _others: int = 0
     _turn: int = 0
     _trying: int | None = None
+    #: The last trial that found too little to take: its other neighbour goes first.
+    _unfilled: int | None = None
 
     def __post_init__(self) -> None:
         self._steps = candidates(self.ceiling_tokens)
@@ -149,6 +151,8 @@ class BudgetLearner:
 
         One that found no more to take says nothing of the budget, and is none of the learner's business.
         """
+        if self._trying is not None and self._steps[self._trying] == budget_tokens:
+            self._trying = None
         seen = self._seen.get(budget_tokens)
         if seen is None or seconds < _SHORTEST_S or tokens < 1:
             return
@@ -163,10 +167,27 @@ class BudgetLearner:
             self._others = 0
         elif self._now is not None and self._others < _FRESH:
             self._others += 1
-            seen.add(best.log_rate + log_rate - self._now)
+            self._place(seen, budget_tokens, best.log_rate + log_rate - self._now)
             self._choose(_BELIEVE)
         self._turn += 1
         self._trying = self._neighbour() if self._now is not None else None
+
+    def pass_over(self, budget_tokens: int) -> None:
+        """A batch ran that says nothing of its budget: if that was a trial, it is over. A budget that takes all there
+        is would be tried for good otherwise."""
+        if self._trying is not None and self._steps[self._trying] == budget_tokens:
+            self._trying, self._unfilled = None, self._trying
+
+    def _place(self, seen: _Seen, budget_tokens: int, log_rate: float) -> None:
+        """Place a budget anew, and those beyond it along with it: their ratios to it are what is known of them."""
+        before, best_tokens = seen.log_rate if seen.count else None, self.best_tokens
+        seen.add(log_rate)
+        if before is None or seen.log_rate is None:
+            return
+        for step, other in self._seen.items():
+            beyond = step > budget_tokens > best_tokens or step < budget_tokens < best_tokens
+            if beyond and other.log_rate is not None:
+                other.log_rate += seen.log_rate - before
 
     def _neighbour(self) -> int | None:
         """What the next full batch tries, if anything: often a neighbour of the best that is not believed yet, else,
@@ -174,7 +195,8 @@ class BudgetLearner:
         sides = [side for side in (self._best + 1, self._best - 1) if 0 <= side < len(self._steps)]
         new = [side for side in sides if self._seen[self._steps[side]].count < _BELIEVE]
         if new:
-            return new[0] if self._turn % _EXPLORE_NEW == 0 else None
+            first = next((side for side in new if side != self._unfilled), new[0])
+            return first if self._turn % _EXPLORE_NEW == 0 else None
         if not sides or self._turn % _EXPLORE_EVERY:
             return None
         return sides[self._turn // _EXPLORE_EVERY % len(sides)]

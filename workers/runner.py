@@ -164,9 +164,13 @@ class Runner(threading.Thread):
         finally:
             self.running = None
         self._usual_pass_s += 0.2 * (pass_s - self._usual_pass_s)
-        if model.learner is not None and batch.full and len(slots) == len(batch.items):
-            tokens = sum(waiting.cost_tokens for waiting in batch.items)
-            model.learner.observe(batch.budget.max_padded_tokens, tokens, pass_s)
+        if model.learner is not None:
+            budget_tokens = batch.budget.max_padded_tokens
+            if batch.full and len(slots) == len(batch.items):
+                tokens = sum(waiting.cost_tokens for waiting in batch.items)
+                model.learner.observe(budget_tokens, tokens, pass_s)
+            else:
+                model.learner.pass_over(budget_tokens)
 
     def _wanted(self, batch: Batch[Slot]) -> list[Slot]:
         """The batch less the items of jobs that were cancelled, expired or may not run any more."""

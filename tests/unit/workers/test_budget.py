@@ -176,6 +176,34 @@ def test_a_machine_that_others_use_does_not_mislead_it(seed: int) -> None:
     assert sum(per_s[budget] for budget in used) >= 0.95 * 237 * len(used)
 
 
+def test_a_trial_that_takes_all_there_is_ends_and_the_other_neighbour_gets_its_turn() -> None:
+    """Loads of a fixed depth: no batch under the larger budget is ever full."""
+    learner = BudgetLearner(8_192)
+    learner.calibrate(machine(2_048), budget_s=60, clock=lambda: 0.0)
+    best, used = learner.best_tokens, []
+    for _ in range(1_000):
+        budget = learner.next_tokens()
+        used.append(budget)
+        if budget > best:
+            learner.pass_over(budget)
+        else:
+            learner.observe(budget, budget, budget / machine(2_048)(budget))
+    assert sum(budget > best for budget in used) <= 0.3 * len(used)
+    assert best // 2 in used
+
+
+def test_what_is_not_tried_keeps_its_ratio() -> None:
+    per_s = {128: 167, 256: 183, 512: 209, 1_024: 225, 2_048: 237, 4_096: 232, 8_192: 229}
+    random = Random(0)
+    learner = BudgetLearner(8_192)
+    learner.calibrate(lambda tokens: per_s[tokens], budget_s=60, clock=lambda: 0.0)
+    run(learner, lambda tokens: per_s[tokens] * math.exp(random.gauss(0, 0.08)), 50_000)
+    fastest = max(per_s.values())
+    assert {step: rate for step, rate in learner.rates().items() if step <= 2_048} == pytest.approx(
+        {step: rate / fastest for step, rate in per_s.items() if step <= 2_048}, rel=0.15
+    )
+
+
 def test_texts_that_get_longer_say_nothing_of_the_budget() -> None:
     learner = BudgetLearner(8_192)
     rate = machine(1_024)
