@@ -7,7 +7,8 @@ second, padding excluded. Of budgets that are about equally good the smallest wi
 
 Budgets lie within a few percent of each other, and a machine that others use changes its speed by more than that from
 one minute to the next. So online only *ratios* are learned: a trial is compared with the batches just before it, as
-paired measurements are; what slows the whole machine, or texts of another length, then counts for neither side.
+paired measurements are; what slows the whole machine, or texts of another length, for longer than a few batches then
+counts for neither side.
 Pure: no clock, no randomness.
 """
 

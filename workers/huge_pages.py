@@ -24,19 +24,22 @@ logger = logging.getLogger(__name__)
 
 _KERNEL: Final = Path("/sys/kernel/mm/transparent_hugepage")
 _MADV_COLLAPSE: Final = 25
+#: Larger pages (512 MB, where the small ones have 64 KB) would fill more than they help.
+_LARGEST_BYTES: Final = 32 * 2**20
 
 #: ``madvise``: address, bytes, advice; 0 when the kernel has done it.
 Advise = Callable[[int, int, int], int]
 
 
 def page_bytes(kernel: Path = _KERNEL) -> int:
-    """The size of a huge page; 0 where there are none, or the machine's owner wants none."""
+    """The size of a huge page; 0 where there are none, they are too large, or the machine's owner wants none."""
     try:
         if "[never]" in (kernel / "enabled").read_text():
             return 0
-        return int((kernel / "hpage_pmd_size").read_text())
+        size_bytes = int((kernel / "hpage_pmd_size").read_text())
     except (OSError, ValueError):
         return 0
+    return size_bytes if size_bytes <= _LARGEST_BYTES else 0
 
 
 def stretches(objects: Iterable[object], size_bytes: int) -> list[int]:
@@ -63,7 +66,8 @@ def gather(*, kernel: Path = _KERNEL, advise: Advise | None = None) -> threading
 def _move(found: Iterable[int], size_bytes: int, advise: Advise) -> None:
     # One that cannot be moved (no memory, part of it not ours) is no reason not to try the next.
     moved = sum(advise(address, size_bytes, _MADV_COLLAPSE) == 0 for address in found)
-    logger.info("%d MB of the interpreter's memory moved to huge pages", moved * size_bytes // 2**20)
+    if moved:
+        logger.info("%d MB of the interpreter's memory moved to huge pages", moved * size_bytes // 2**20)
 
 
 def _madvise() -> Advise | None:

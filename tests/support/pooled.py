@@ -74,7 +74,7 @@ class PoolBench:
     """A started pool without a broker; ``turn_until`` is its hub."""
 
     def __init__(self) -> None:
-        settings = Settings(broker_url="redis://127.0.0.1:1/0", transport="stock", tracer="stock")
+        settings = Settings(broker_url="redis://127.0.0.1:1/0", transport="stock", tracer="stock", huge_pages=False)
         self.app: Celery = build(settings, fleet_of(m={"load": "pinned", "batching": {"max_items": 2}}))
         self.app.amqp.queues.select(["m"])
         self.answered: list[Any] = []

@@ -152,7 +152,7 @@ class BatchedRedisBackend(RedisBackend):
             self._collecting = False
 
     def collect_success(self, job_id: str, answer: Answer, reply_to: str | None, tag: str = "") -> None:
-        """Let a plain job's SUCCESS wait for ``flush``. Raises what ``encode`` raises.
+        """Let a plain job's SUCCESS wait for ``flush``. Raises InferenceFailed as ``encode``, or what the codec raises.
 
         ``tag``: of the job's message, if it is in this backend's Redis and is to be acknowledged along with it.
         """
@@ -165,7 +165,10 @@ class BatchedRedisBackend(RedisBackend):
             "date_done": datetime.now(UTC).isoformat(),
             "task_id": job_id,
         }
-        self._stored.append(_Stored(result_key(job_id), self.encode(meta), self.expires, job_id, reply_to, tag))
+        # As ``encode``, but that Celery and kombu would look the serializer up in three registries first.
+        direct = self.serializer == SERIALIZER and not self.compression
+        payload = self._checked(dumps(meta)) if direct else self.encode(meta)
+        self._stored.append(_Stored(result_key(job_id), payload, self.expires, job_id, reply_to, tag))
 
     def flush(self) -> set[str]:
         """Send what was collected, in one round trip but for exceptional sizes; returns the tags of the messages that
@@ -252,8 +255,9 @@ class BatchedRedisBackend(RedisBackend):
 
     def encode(self, data: Any) -> Any:
         """Raises InferenceFailed when the answer is longer than Redis takes."""
-        # Celery and kombu would look the serializer up in three registries first.
-        payload = dumps(data) if self.serializer == SERIALIZER else super().encode(data)
+        return self._checked(super().encode(data))
+
+    def _checked(self, payload: Any) -> Any:
         if len(payload) > self.answer_max_bytes:
             raise InferenceFailed(
                 f"the answer has {len(payload):,} bytes, over Redis's limit of {self.answer_max_bytes:,}; "

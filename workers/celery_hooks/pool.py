@@ -219,6 +219,9 @@ class BatchingPool(BasePool):
             if what == "started":
                 started += tickets
             elif what == "dropped":
+                # A start told after its job's end would make Celery keep the job for good.
+                self._accept(started)
+                started = []
                 for ticket in tickets:
                     self._drop(ticket)
             else:

@@ -159,7 +159,7 @@ def test_a_batch_that_took_no_time_says_nothing() -> None:
 @pytest.mark.parametrize("seed", range(20))
 def test_a_machine_that_others_use_does_not_mislead_it(seed: int) -> None:
     """Rates of MiniLM on two cores by budget, on a machine whose speed drifts by a tenth from minute to minute, and
-    each batch by another eighth of that."""
+    that of each batch by about as much again."""
     per_s = {128: 167, 256: 183, 512: 209, 1_024: 225, 2_048: 237, 4_096: 232, 8_192: 229}
     random, drift = Random(seed), 0.0
 

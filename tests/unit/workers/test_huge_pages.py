@@ -28,6 +28,7 @@ def test_the_size_is_what_the_kernel_says(tmp_path: Path) -> None:
 def test_none_where_the_owner_wants_none_or_the_kernel_has_none(tmp_path: Path) -> None:
     assert huge_pages.page_bytes(kernel(tmp_path, "always madvise [never]")) == 0
     assert huge_pages.page_bytes(kernel(tmp_path, size="")) == 0
+    assert huge_pages.page_bytes(kernel(tmp_path, size=str(512 * _MIB))) == 0
     assert huge_pages.page_bytes(tmp_path / "absent") == 0
     assert huge_pages.gather(kernel=tmp_path / "absent", advise=lambda *_: pytest.fail("asked")) is None
 

@@ -289,3 +289,26 @@ def test_the_info_page_tells_of_batches(bench: PoolBench) -> None:
 
 def raise_(error: Exception) -> Any:
     raise error
+
+
+def test_an_answer_comes_before_the_news_of_its_start(bench: PoolBench, monkeypatch: pytest.MonkeyPatch) -> None:
+    held = bench.hold("held")
+    traced: list[int] = []
+    ticket = next(iter(bench.pool._tickets.values()))
+    monkeypatch.setattr(ticket, "accept", lambda *_: traced.append(len(bench.traced)))
+    bench.adapter.gate.set()
+    bench.turn_until(lambda: held.returned)
+    assert traced == [1]
+
+
+def test_a_start_is_told_before_the_drop_of_its_job(bench: PoolBench, monkeypatch: pytest.MonkeyPatch) -> None:
+    held = bench.hold("held")
+    told: list[str] = []
+    ticket = next(iter(bench.pool._tickets.values()))
+    monkeypatch.setattr(ticket, "accept", lambda *_: told.append("start"))
+    monkeypatch.setattr(bench.pool, "_drop", lambda _: told.append("drop"))
+    bench.pool.dropped([ticket.job])
+    bench.turn_until(lambda: "drop" in told)
+    assert told == ["start", "drop"]
+    bench.adapter.gate.set()
+    bench.turn_until(lambda: held.returned)
