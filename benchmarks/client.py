@@ -36,12 +36,13 @@ class _Span:
         self._cpu_s, self._began_s = cpu_s(self._sessions), time.perf_counter()
 
     def end(self) -> dict[str, Any]:
-        elapsed_s, answers = time.perf_counter() - self._began_s, self.answers
+        ended_s, answers = time.perf_counter(), self.answers
         after = cpu_s(self._sessions)
         return {
             "answers": answers,
-            "elapsed_s": elapsed_s,
-            "per_s": answers / elapsed_s,
+            "began_s": self._began_s,
+            "ended_s": ended_s,
+            "per_s": answers / (ended_s - self._began_s),
             "cpu_us": {name: (after[name] - self._cpu_s[name]) * 1e6 / max(1, answers) for name in after},
         }
 

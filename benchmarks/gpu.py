@@ -86,7 +86,9 @@ def _map(clients: list[Peer], each: int) -> float:
             sessions={},
         )
     answers = [client.answer() for client in clients]
-    per_s: float = sum(answer["answers"] for answer in answers) / max(answer["elapsed_s"] for answer in answers)
+    per_s: float = sum(answer["answers"] for answer in answers) / max(
+        answer["ended_s"] - answer["began_s"] for answer in answers
+    )
     return per_s
 
 

@@ -95,6 +95,11 @@ class Peer(Process):
         self.process.stdin.write(json.dumps({"do": do, **arguments}) + "\n")
         self.process.stdin.flush()
 
+    def fileno(self) -> int:
+        """For ``select``: there is something to read once the answer comes."""
+        assert self.process.stdout is not None, "Popen was given a pipe"
+        return self.process.stdout.fileno()
+
     def answer(self) -> dict[str, Any]:
         """The answer to the oldest command that has none yet. Raises RuntimeError with the peer's traceback."""
         assert self.process.stdout is not None, "Popen was given a pipe"

@@ -70,10 +70,13 @@ def tasks(*, task: str, kind: str, seed: int, count: int, worker: int, redis: in
     published = cpu_s(sessions)
     for result in results:
         result.get(timeout=_TIMEOUT_S)
-    elapsed_s = time.perf_counter() - began_s
+    ended_s = time.perf_counter()
     after = cpu_s(sessions)
     return {
-        "per_s": count / elapsed_s,
+        "answers": count,
+        "began_s": began_s,
+        "ended_s": ended_s,
+        "per_s": count / (ended_s - began_s),
         "cpu_us": {name: (after[name] - before[name]) * 1e6 / count for name in sessions},
         "submit_cpu_us": (published["client"] - before["client"]) * 1e6 / count,
     }

@@ -7,14 +7,15 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable, Iterator, Sequence
 from itertools import count
-from typing import Any, Final
+from typing import Final
 
 from benchmarks.card import Benchmark, Figures, Row, command_line
 from benchmarks.processes import Peer, Process, fleet, only_redis
 from benchmarks.stats import mean
-from cortex_tasks.local_fleet import LocalFleet
+from benchmarks.turns import SHORTEST_TURN_S, Side, in_turns
 from workers.resources import available_cpus
 
 __all__ = ["BENCHMARK"]
@@ -25,6 +26,8 @@ _MANY: Final = 512
 #: Of the parts with one client: figure, texts in flight (64 and 256 as in the rivals' figures), share of the seconds.
 _SINGLES: Final = (("singles_ratio", _MANY, 1.0), ("singles_256_ratio", 256, 0.5), ("singles_64_ratio", 64, 0.5))
 _CLIENTS: Final = 8
+#: Each part in so many turns, between turns of the raw engine.
+_TURNS: Final = 12
 #: Every part has texts of its own.
 _seeds: Final = count(1)
 
@@ -32,26 +35,38 @@ Say = Callable[[str], None]
 
 
 class _Raw:
-    """The raw engine, measured before and after everything else: the machine's speed is not the same all the time."""
+    """The raw engine, which is measured in turns with everything else."""
 
     def __init__(self, engine: Peer, seconds: float) -> None:
+        """``seconds``: how long the others run; the engine runs a third of it each time."""
         self._engine = engine
-        trial = self._measure(64)
-        self.count = max(64, int(trial * seconds / 3))
-        self.rates = [self._measure(self.count)]
+        self._tell(64)
+        self.trial_per_s = _per_s(engine.answer())
+        self.count = max(64, int(self.trial_per_s * seconds / 3))
+        self._turn_s = max(SHORTEST_TURN_S, seconds / _TURNS / 3)
+        self.rates: list[float] = []
 
-    def _measure(self, texts: int) -> float:
-        return float(self._engine.ask("rate", seed=next(_seeds), count=texts)["per_s"])
+    def _tell(self, texts: int) -> None:
+        self._engine.tell("rate", seed=next(_seeds), count=texts)
 
-    def share(self, measure: Callable[..., float], *arguments: Any) -> float:
-        """What ``measure(*arguments)`` returns (texts a second) over the raw rate: the mean of before and after."""
-        rate = measure(*arguments)
-        self.rates.append(self._measure(self.count))
-        return rate / mean(self.rates[-2:])
+    def share(self, *peers: Peer, seconds: float, sessions: Sequence[int] = ()) -> float:
+        """Texts a second of the peers together, which were told what to do, over those of the raw engine.
+
+        ``sessions``: of the processes that work for them; ``seconds``: how long all that takes, about.
+        """
+        others = Side(peers, max(SHORTEST_TURN_S, seconds / _TURNS), sessions)
+        self._tell(self.count)
+        measured, [raw] = in_turns(others, Side([self._engine], self._turn_s))
+        self.rates.append(_per_s(raw))
+        return sum(map(_per_s, measured)) / self.rates[-1]
 
     @property
     def per_s(self) -> float:
         return mean(self.rates)
+
+
+def _per_s(answer: Figures) -> float:
+    return float(answer["answers"] / answer.get("running_s", answer["ended_s"] - answer["began_s"]))
 
 
 def measure(seconds: float, say: Say) -> Figures:
@@ -63,7 +78,7 @@ def measure(seconds: float, say: Say) -> Figures:
         raw = _Raw(engine, seconds)
         figures = _fleet(raw, seconds, say)
         say("SentenceTransformer.encode")
-        figures["encode_ratio"] = raw.share(_encode, engine, raw.count)
+        figures["encode_ratio"] = _encode(raw, seconds / 2)
         figures |= _naive(raw, about["snapshot"], seconds / 2, say)
     spread = max(raw.rates) / min(raw.rates)
     about_raw = {
@@ -79,15 +94,17 @@ def _fleet(raw: _Raw, seconds: float, say: Say) -> Figures:
     figures: Figures = {}
     say("starting the fleet")
     with fleet(_MODEL) as local, _clients(local.env, 1) as clients:
+        worker = [local.processes["worker"].pid]
         say("map from one client")
-        texts = max(128, int(raw.per_s * seconds))
-        figures["map_ratio"] = raw.share(_map, clients[0], texts)
+        clients[0].tell("stream", model=_MODEL, kind="varied", seed=next(_seeds), chunk=None, window=None, sessions={},
+                        count=max(128, int(raw.trial_per_s * seconds)))  # fmt: skip
+        figures["map_ratio"] = raw.share(*clients, seconds=seconds, sessions=worker)
         for name, in_flight, part_s in _SINGLES:
             say(f"single texts from one client, {in_flight} in flight")
-            figures[name] = raw.share(_singles, clients, in_flight, part_s * seconds)
+            figures[name] = _singles(raw, clients, worker, in_flight, part_s * seconds)
         say(f"single texts from {_CLIENTS} clients")
         with _clients(local.env, _CLIENTS) as several:
-            figures["singles_8_clients_ratio"] = raw.share(_singles, several, _MANY // _CLIENTS, seconds)
+            figures["singles_8_clients_ratio"] = _singles(raw, several, worker, _MANY // _CLIENTS, seconds)
     return figures
 
 
@@ -103,17 +120,16 @@ def _clients(env: dict[str, str], number: int) -> Iterator[list[Peer]]:
         yield clients
 
 
-def _encode(engine: Peer, texts: int) -> float:
-    return float(engine.ask("encode", seed=next(_seeds), count=texts)["per_s"])
+def _encode(raw: _Raw, seconds: float) -> float:
+    with Peer("benchmarks.engine", {}) as encoder:
+        encoder.ask("hello")
+        encoder.tell("encode", seed=next(_seeds), count=max(64, int(raw.per_s * seconds)))
+        return raw.share(encoder, seconds=seconds)
 
 
-def _map(client: Peer, texts: int) -> float:
-    arguments: Figures = {"kind": "varied", "chunk": None, "window": None, "sessions": {}}
-    return float(client.ask("stream", model=_MODEL, seed=next(_seeds), count=texts, **arguments)["per_s"])
-
-
-def _singles(clients: list[Peer], in_flight: int, seconds: float) -> float:
-    """Texts a second of all clients together, each with ``in_flight`` of its own."""
+def _singles(raw: _Raw, clients: Sequence[Peer], worker: Sequence[int], in_flight: int, seconds: float) -> float:
+    """Of all clients together, each with ``in_flight`` texts of its own."""
+    warm_s = min(3.0, seconds / 4)
     for client in clients:
         client.tell(
             "singles",
@@ -121,11 +137,13 @@ def _singles(clients: list[Peer], in_flight: int, seconds: float) -> float:
             kind="varied",
             seed=next(_seeds),
             in_flight=in_flight,
-            warm_s=min(3.0, seconds / 4),
-            seconds=seconds,
+            warm_s=warm_s,
+            # A quarter of it belongs to the raw engine.
+            seconds=seconds * 4 / 3,
             sessions={},
         )
-    return sum(float(client.answer()["per_s"]) for client in clients)
+    time.sleep(warm_s)
+    return raw.share(*clients, seconds=seconds, sessions=worker)
 
 
 def _naive(raw: _Raw, snapshot: str, seconds: float, say: Say) -> Figures:
@@ -140,15 +158,10 @@ def _naive(raw: _Raw, snapshot: str, seconds: float, say: Say) -> Figures:
             with Process(command, env) as worker, Peer("benchmarks.stock", env) as client:
                 client.ask("hello", task="stock.encode", count=4 * cores)
                 texts = max(20, int(raw.per_s * seconds / 4))
-                figures[f"naive_celery_{pool}_ratio"] = raw.share(_tasks, client, texts, worker, local)
+                pids = {"worker": worker.pid, "redis": local.processes["redis"].pid}
+                client.tell("tasks", task="stock.encode", kind="varied", seed=next(_seeds), count=texts, **pids)
+                figures[f"naive_celery_{pool}_ratio"] = raw.share(client, seconds=seconds, sessions=[worker.pid])
     return {"naive_celery_ratio": max(figures.values()), **figures}
-
-
-def _tasks(client: Peer, texts: int, worker: Process, local: LocalFleet) -> float:
-    pids = {"worker": worker.pid, "redis": local.processes["redis"].pid}
-    return float(
-        client.ask("tasks", task="stock.encode", kind="varied", seed=next(_seeds), count=texts, **pids)["per_s"]
-    )
 
 
 BENCHMARK: Final = Benchmark(
