@@ -42,6 +42,22 @@ class PoolRequest:
         self.pid = pid
         self.on_start()
         self.log.append("accepted")
+        if self._terminate_on_ack is not None:
+            self._announce_terminated()
+
+    def terminate(self, ticket: Any) -> None:
+        """Celery's ``revoke(terminate=True)``."""
+        if self.pid is not None:
+            self._announce_terminated()
+        else:
+            self._terminate_on_ack = (self.bench.pool, None)
+        ticket.terminate()
+
+    def _announce_terminated(self) -> None:
+        self.bench.pool.terminate_job(self.pid or 0)
+        self.log.append("terminated")
+        self.acknowledge()
+        self._already_revoked = True
 
     def on_success(self, returned: Any) -> None:
         self.returned = returned

@@ -123,7 +123,7 @@ class BatchingPool(BasePool):
     def terminate_job(self, pid: int, signal: Any = None) -> None:
         """Drop one job if it has not started. ``pid`` is the job's own number (see ``on_apply``)."""
         ticket = self._tickets.get(pid)
-        if ticket is not None and ticket.job is not None and not ticket.job.started:
+        if ticket is not None and ticket.job is not None and not (ticket.job.started or ticket.done):
             self._drop(ticket)
 
     # ------------------------------------------------------------------------------ jobs come in
@@ -226,10 +226,13 @@ class BatchingPool(BasePool):
                     self._drop(ticket)
             else:
                 finished += tickets
-        for ticket in finished:
-            ticket.outcome = self._outcome(ticket.job)
-        self._complete(finished)
-        self._accept(started)
+        try:
+            for ticket in finished:
+                ticket.outcome = self._outcome(ticket.job)
+            self._complete(finished)
+        finally:
+            # Of those that are done ``_store`` tells it.
+            self._accept([ticket for ticket in started if not ticket.done])
         if self._inbox:
             self._wake()
 
@@ -291,6 +294,8 @@ class BatchingPool(BasePool):
                 return
         stored, self._unstored = self._unstored, []
         for ticket, returned in stored:
+            # A terminate that came while the answer waited for Redis comes too late: it is told already.
+            ticket.request._terminate_on_ack = None
             self._accept([ticket])
             self._forget(ticket)
             if ticket.request.message.delivery_tag in acknowledged and not ticket.request.acknowledged:

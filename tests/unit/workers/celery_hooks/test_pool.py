@@ -14,6 +14,7 @@ from celery.worker import state as worker_state
 
 from cortex_tasks.errors import CortexError, InvalidInput, UnknownModel
 from tests.support.pooled import PoolBench, PoolRequest
+from tests.support.stub_models import PATIENCE_S
 from workers import app as app_module
 from workers.celery_hooks import pool as pool_module
 from workers.celery_hooks.backend import BatchedRedisBackend
@@ -242,6 +243,35 @@ def test_a_job_that_was_revoked_while_it_ran_is_not_answered(bench: PoolBench) -
     assert bench.traced == []
 
 
+def test_a_job_that_is_terminated_while_it_runs_is_not_answered(bench: PoolBench) -> None:
+    bench.adapter.gate.clear()
+    bench.adapter.entered.clear()
+    runs = PoolRequest(bench, "runs", "x")
+    ticket = bench.apply(runs)
+    assert bench.adapter.entered.wait(PATIENCE_S)
+    runs.terminate(ticket)
+    assert runs.log == []
+    bench.adapter.gate.set()
+    bench.turn_until(lambda: not bench.pool.in_flight())
+    assert runs.log == ["accepted", "terminated", "acknowledged"]
+    assert bench.traced == []
+
+
+@pytest.mark.parametrize("runs", [True, False])
+def test_terminate_comes_too_late_while_the_answer_waits_for_redis(
+    bench: PoolBench, monkeypatch: pytest.MonkeyPatch, runs: bool
+) -> None:
+    request = PoolRequest(bench, "late", "x", **({} if runs else {"model": "nowhere"}))
+    with monkeypatch.context() as patched:
+        patched.setattr(BatchedRedisBackend, "flush", lambda self: raise_(redis.ConnectionError("away")))
+        ticket = bench.apply(request)
+        bench.turn_until(lambda: bench.traced)
+        request.terminate(ticket)
+    (timer,) = bench.timers
+    timer()
+    assert request.log == ["accepted", "success", "acknowledged"]
+
+
 def test_an_expired_job_is_dropped(bench: PoolBench) -> None:
     request = PoolRequest(bench, "late", "x")
     request.is_revoked = lambda: True
@@ -299,6 +329,18 @@ def test_an_answer_comes_before_the_news_of_its_start(bench: PoolBench, monkeypa
     bench.adapter.gate.set()
     bench.turn_until(lambda: held.returned)
     assert traced == [1]
+
+
+def test_a_start_is_told_though_another_jobs_answer_breaks(bench: PoolBench, monkeypatch: pytest.MonkeyPatch) -> None:
+    held = bench.hold("held")
+    with monkeypatch.context() as patched:
+        patched.setattr(bench.pool, "_complete", lambda _: raise_(RuntimeError("a defect")))
+        (timer,) = bench.timers
+        with pytest.raises(RuntimeError, match="a defect"):
+            timer()
+    assert held.log == ["accepted"]
+    bench.adapter.gate.set()
+    bench.turn_until(lambda: held.returned)
 
 
 def test_a_start_is_told_before_the_drop_of_its_job(bench: PoolBench, monkeypatch: pytest.MonkeyPatch) -> None:
