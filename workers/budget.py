@@ -8,13 +8,19 @@ second, padding excluded. Of budgets that are about equally good the smallest wi
 Budgets lie within a few percent of each other, and a machine that others use changes its speed by more than that from
 one minute to the next. So online only *ratios* are learned: a trial is compared with the batches just before it, as
 paired measurements are; what slows the whole machine, or texts of another length, for longer than a few batches then
-counts for neither side.
+counts for neither side. A process that stood still for a moment (a quota of CPU time, a machine that was moved) says
+nothing: the median of the batches before counts, and a single trial moves little.
+
+While every bulk batch is brief, because interactive texts keep coming, the best budget is not run and nothing is
+learned: what was known stays.
 Pure: no clock, no randomness.
 """
 
 from __future__ import annotations
 
 import math
+import statistics
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Final
@@ -26,8 +32,11 @@ _SMALLEST_TOKENS: Final = 128
 _MARGIN: Final = 1.03
 #: A brief batch may be this much slower, by the token.
 _BRIEF_MARGIN: Final = 1.25
-#: Weight of a new batch in the present speed of the best budget.
-_WEIGHT_NOW: Final = 0.25
+#: Batches of the best budget whose median is its present speed.
+_RECENT: Final = 9
+#: A trial counts as at most this much faster or slower: twice the tokens never take less time, so that a neighbour, if
+#: it is faster, is at most twice as fast.
+_MOST: Final = math.log(2)
 #: Least weight of a new trial in what is known of its budget: that of some twenty.
 _WEIGHT: Final = 0.1
 #: One full batch in so many tries a neighbour.
@@ -79,8 +88,8 @@ class BudgetLearner:
     _steps: list[int] = field(init=False)
     _seen: dict[int, _Seen] = field(init=False)
     _best: int = field(init=False)
-    #: Logarithm of the tokens a second that the best budget reaches now; None: not seen since it is the best.
-    _now: float | None = None
+    #: Logarithms of the tokens a second that the best budget has reached of late; empty: not seen since it is the best.
+    _recent: deque[float] = field(default_factory=lambda: deque(maxlen=_RECENT))
     #: Batches under other budgets since then.
     _others: int = 0
     _turn: int = 0
@@ -164,14 +173,16 @@ class BudgetLearner:
         if seen is best:
             # What the others are compared with: its own place stays.
             best.count += 1
-            self._now = log_rate if self._now is None else self._now + _WEIGHT_NOW * (log_rate - self._now)
+            self._recent.append(log_rate)
             self._others = 0
-        elif self._now is not None and self._others < _FRESH:
+        elif self._recent and self._others < _FRESH:
             self._others += 1
-            self._place(seen, budget_tokens, best.log_rate + log_rate - self._now)
+            ratio = log_rate - statistics.median(self._recent)
+            self._place(seen, budget_tokens, best.log_rate + max(-_MOST, min(_MOST, ratio)))
             self._choose(_BELIEVE)
         self._turn += 1
-        self._trying = self._neighbour() if self._now is not None else None
+        if self._trying is None and self._recent:
+            self._trying = self._neighbour()
 
     def pass_over(self, budget_tokens: int) -> None:
         """A batch ran that says nothing of its budget: if that was a trial, it is over. A budget that takes all there
@@ -209,4 +220,5 @@ class BudgetLearner:
         good_enough = max((rates[step] for step in believed), default=0.0) / _MARGIN
         best = min((step for step in believed if rates[step] >= good_enough), default=self.best_tokens)
         if best != self.best_tokens:
-            self._best, self._now = self._steps.index(best), None
+            self._best, self._trying = self._steps.index(best), None
+            self._recent.clear()

@@ -156,24 +156,39 @@ def test_a_batch_that_took_no_time_says_nothing() -> None:
     assert learner.rates() == {}
 
 
+@pytest.mark.parametrize("standstills", [0.0, 0.1])
 @pytest.mark.parametrize("seed", range(20))
-def test_a_machine_that_others_use_does_not_mislead_it(seed: int) -> None:
+def test_a_machine_that_others_use_does_not_mislead_it(seed: int, standstills: float) -> None:
     """Rates of MiniLM on two cores by budget, on a machine whose speed drifts by a tenth from minute to minute, and
-    that of each batch by about as much again."""
+    that of each batch by about as much again; some batches take eight times as long, since nothing ran for a moment."""
     per_s = {128: 167, 256: 183, 512: 209, 1_024: 225, 2_048: 237, 4_096: 232, 8_192: 229}
     random, drift = Random(seed), 0.0
 
     def rate(tokens: int) -> float:
         nonlocal drift
         drift += -drift / 50 + random.gauss(0, 0.02)
-        return per_s[tokens] * math.exp(drift + random.gauss(0, 0.08))
+        stood_still = random.random() < standstills
+        return per_s[tokens] * math.exp(drift + random.gauss(0, 0.08)) / (8 if stood_still else 1)
 
     learner = BudgetLearner(8_192)
     learner.calibrate(rate, budget_s=60, clock=lambda: 0.0)
     run(learner, rate, 1_000)
     used = run(learner, rate, 1_000)
     assert sorted(used)[len(used) // 2] in (1_024, 2_048)
-    assert sum(per_s[budget] for budget in used) >= 0.95 * 237 * len(used)
+    assert sum(per_s[budget] for budget in used) >= 0.94 * 237 * len(used)
+
+
+def test_a_brief_batch_between_does_not_cancel_a_trial() -> None:
+    learner = BudgetLearner(8_192)
+    rate = machine(2_048)
+    learner.calibrate(rate, budget_s=60, clock=lambda: 0.0)
+    while learner.next_tokens() == learner.best_tokens:
+        run(learner, rate, 1)
+    trial = learner.next_tokens()
+    learner.observe(128, 128, 128 / rate(128))
+    assert learner.next_tokens() == trial
+    learner.observe(trial, trial, trial / rate(trial))
+    assert learner.next_tokens() == learner.best_tokens
 
 
 def test_a_trial_that_takes_all_there_is_ends_and_the_other_neighbour_gets_its_turn() -> None:
