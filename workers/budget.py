@@ -9,7 +9,7 @@ Budgets lie within a few percent of each other, and a machine that others use ch
 one minute to the next. So online only *ratios* are learned: a trial is compared with the batches just before it, as
 paired measurements are; what slows the whole machine, or texts of another length, for longer than a few batches then
 counts for neither side. A process that stood still for a moment (a quota of CPU time, a machine that was moved) says
-nothing: the median of the batches before counts, and a single trial moves little.
+nothing: of the batches before, and of a budget's first trials, the median counts, and a later trial moves little.
 
 While every bulk batch is brief, because interactive texts keep coming, the best budget is not run and nothing is
 learned: what was known stays.
@@ -34,11 +34,12 @@ _MARGIN: Final = 1.03
 _BRIEF_MARGIN: Final = 1.25
 #: Batches of the best budget whose median is its present speed.
 _RECENT: Final = 9
-#: A trial counts as at most this much faster or slower: twice the tokens never take less time, so that a neighbour, if
-#: it is faster, is at most twice as fast.
-_MOST: Final = math.log(2)
-#: Least weight of a new trial in what is known of its budget: that of some twenty.
+#: First trials of a budget, whose median is what is known of it.
+_FIRST: Final = 9
+#: Weight of a later trial in what is known of its budget: that of some twenty.
 _WEIGHT: Final = 0.1
+#: A later trial counts as at most this far off (a tenth faster or slower).
+_FARTHEST: Final = 0.1
 #: One full batch in so many tries a neighbour.
 _EXPLORE_EVERY: Final = 16
 #: The same while a neighbour was not seen often enough.
@@ -71,13 +72,24 @@ class _Seen:
 
     #: Logarithm of its tokens a second; None: not known. Only differences between budgets mean anything.
     log_rate: float | None = None
-    #: Batches of jobs. The first replaces what warm-up found.
+    #: The same by each of its first trials, which replace what warm-up found.
+    first: list[float] = field(default_factory=list)
+    #: Batches of jobs.
     count: int = 0
 
     def add(self, log_rate: float) -> None:
-        known = self.log_rate if self.count and self.log_rate is not None else log_rate
         self.count += 1
-        self.log_rate = known + max(_WEIGHT, 1 / self.count) * (log_rate - known)
+        if self.log_rate is None or len(self.first) < _FIRST:
+            self.first.append(log_rate)
+            self.log_rate = statistics.median(self.first)
+        else:
+            off = max(-_FARTHEST, min(_FARTHEST, log_rate - self.log_rate))
+            self.log_rate += _WEIGHT * off
+
+    def move(self, by: float) -> None:
+        if self.log_rate is not None:
+            self.log_rate += by
+            self.first = [trial + by for trial in self.first]
 
 
 @dataclass(slots=True)
@@ -178,7 +190,7 @@ class BudgetLearner:
         elif self._recent and self._others < _FRESH:
             self._others += 1
             ratio = log_rate - statistics.median(self._recent)
-            self._place(seen, budget_tokens, best.log_rate + max(-_MOST, min(_MOST, ratio)))
+            self._place(seen, budget_tokens, best.log_rate + ratio)
             self._choose(_BELIEVE)
         self._turn += 1
         if self._trying is None and self._recent:
@@ -192,14 +204,13 @@ class BudgetLearner:
 
     def _place(self, seen: _Seen, budget_tokens: int, log_rate: float) -> None:
         """Place a budget anew, and those beyond it along with it: their ratios to it are what is known of them."""
-        before, best_tokens = seen.log_rate if seen.count else None, self.best_tokens
+        before, best_tokens = seen.log_rate, self.best_tokens
         seen.add(log_rate)
         if before is None or seen.log_rate is None:
             return
         for step, other in self._seen.items():
-            beyond = step > budget_tokens > best_tokens or step < budget_tokens < best_tokens
-            if beyond and other.log_rate is not None:
-                other.log_rate += seen.log_rate - before
+            if step > budget_tokens > best_tokens or step < budget_tokens < best_tokens:
+                other.move(seen.log_rate - before)
 
     def _neighbour(self) -> int | None:
         """What the next full batch tries, if anything: often a neighbour of the best that is not believed yet, else,

@@ -174,8 +174,7 @@ def test_a_machine_that_others_use_does_not_mislead_it(seed: int, standstills: f
     learner.calibrate(rate, budget_s=60, clock=lambda: 0.0)
     run(learner, rate, 1_000)
     used = run(learner, rate, 1_000)
-    assert sorted(used)[len(used) // 2] in (1_024, 2_048)
-    assert sum(per_s[budget] for budget in used) >= 0.94 * 237 * len(used)
+    assert sum(per_s[budget] for budget in used) >= (0.92 if standstills else 0.95) * 237 * len(used)
 
 
 def test_a_brief_batch_between_does_not_cancel_a_trial() -> None:
