@@ -113,6 +113,25 @@ def rate(*, seed: int, count: int, kind: str = "varied") -> dict[str, Any]:
     return {**_rate(count, began_s), "batch_ms": percentile(batches_ms, 50)}
 
 
+def rate_apart(*, seed: int, count: int) -> dict[str, Any]:
+    """The same with a batch on each core at a time, as a worker runs them where many texts wait; on one core, or a
+    GPU, it is the same."""
+    adapter, source, budget = _adapter(), list(islice(texts.varied(seed), count)), _budget_tokens()
+    crew = adapter.crew
+    began_s = time.perf_counter()
+    if crew is None:
+        _run(source, budget)
+    else:
+
+        def run(batch: list[Item]) -> None:
+            adapter.finish(_TASK, batch, adapter.forward(_TASK, batch, _PARAMS), _PARAMS)
+
+        items = sorted(_prepared(source), key=lambda item: item.cost_tokens)
+        # The longest first: the last ones, which may leave a core idle, are short then.
+        list(crew.executor.map(run, reversed(list(_batches(items, budget // crew.threads)))))
+    return _rate(count, began_s)
+
+
 def encode(*, seed: int, count: int) -> dict[str, Any]:
     """``SentenceTransformer.encode`` over the same texts, in its default batches."""
     source = list(islice(texts.varied(seed), count))
@@ -180,5 +199,5 @@ def _by_runner(command: Callable[..., Mapping[str, Any]]) -> Callable[..., Mappi
 
 
 if __name__ == "__main__":
-    by_runner = {command.__name__: _by_runner(command) for command in (budget, rate, encode, forward_ms)}
+    by_runner = {command.__name__: _by_runner(command) for command in (budget, rate, rate_apart, encode, forward_ms)}
     serve(hello=hello, **by_runner)

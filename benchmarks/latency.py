@@ -8,7 +8,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from itertools import count
-from typing import Final
+from typing import Final, NamedTuple
 
 from benchmarks.card import Benchmark, Figures, Row, command_line
 from benchmarks.processes import Peer, fleet
@@ -100,35 +100,44 @@ def _arrivals(client: Peer, seed: int, rate_per_s: float, seconds: float) -> lis
 
 
 def _next_to_bulk(client: Peer, local: LocalFleet, seconds: float) -> tuple[list[float], float]:
-    """Latencies of interactive texts, and the mean time between two batches of bulk, while bulk saturates."""
+    """Latencies of interactive texts, and how long a batch of bulk takes on average, while bulk saturates."""
     with Peer("benchmarks.client", local.env) as bulk:
         bulk.ask("hello")
-        _, batches = _next_card(local, after=(0.0, 0))
+        before = _next_card(local, after_s=0.0, more_than=0)
         # Until this context stops it.
         bulk.tell("saturate", model=_MODEL, seed=300)
-        batch_ms = _batch_ms(local, batches)
+        batch_ms = _batch_ms(local, before.batches)
         latencies_ms = _arrivals(client, 301, _INTERACTIVE_PER_S, seconds)
     return latencies_ms, batch_ms
 
 
 def _batch_ms(local: LocalFleet, batches: int) -> float:
-    """Milliseconds a batch of a saturated worker, from two of the cards that it writes every 2 s.
+    """Milliseconds that a batch takes on a saturated worker (several may run at the same time), from two of the cards
+    that it writes every 2 s.
 
     ``batches``: how many it had run before it was saturated.
     """
-    before = _next_card(local, after=(time.time(), batches))
-    after = _next_card(local, after=(before[0] + 3.0, before[1]))
-    return (after[0] - before[0]) * 1e3 / (after[1] - before[1])
+    before = _next_card(local, after_s=time.time(), more_than=batches)
+    after = _next_card(local, after_s=before.seen_at + 3.0, more_than=before.batches)
+    return (after.forward_s - before.forward_s) * 1e3 / (after.batches - before.batches)
 
 
-def _next_card(local: LocalFleet, after: tuple[float, int]) -> tuple[float, int]:
-    """Of the worker's first card later than that time and with more batches than that: its time and its batches."""
+class _Seen(NamedTuple):
+    """What a worker's card says of its batches so far."""
+
+    seen_at: float
+    batches: int
+    forward_s: float
+
+
+def _next_card(local: LocalFleet, *, after_s: float, more_than: int) -> _Seen:
+    """The worker's first card later than that time and with more batches than that."""
     until = time.monotonic() + _CARD_TIMEOUT_S
     while time.monotonic() < until:
         for card in local.cards():
             batches = sum(model.batches for model in card.models)
-            if card.seen_at > after[0] and batches > after[1]:
-                return card.seen_at, batches
+            if card.seen_at > after_s and batches > more_than:
+                return _Seen(card.seen_at, batches, sum(model.forward_s for model in card.models))
         time.sleep(0.05)
     raise RuntimeError(f"the worker ran no batch within {_CARD_TIMEOUT_S} s:\n{local.tail('worker')}")
 

@@ -60,6 +60,8 @@ class ModelCard(_Card):
     jobs: int = 0
     items: int = 0
     batches: int = 0
+    #: In forward passes; those that run at the same time count each.
+    forward_s: float = 0.0
     #: Padded tokens of a full batch: learned, or as configured.
     budget_tokens: int = 0
     #: The tier its files came from: ``local``, ``disk``, ``l2`` or ``origin``; "" without files.

@@ -2,8 +2,8 @@
 
 Each place in line holds its model: it stays in memory until the item's batch has run.
 
-Two threads may admit (the runner between passes, its preparer while a pass runs) and one takes batches; locks keep
-them apart.
+Several threads may admit (the runner between passes, its preparer while a pass runs) and take batches; locks keep them
+apart.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import Protocol
 
 from cortex_tasks.errors import CortexError, InferenceFailed
 from workers.adapters import Item
-from workers.batching import Batch, Batcher, Budget, Group, Waiting
+from workers.batching import Ahead, Batch, Batcher, Budget, Group, Waiting
 from workers.registry import Model, Registry
 from workers.runtime import Job
 
@@ -89,10 +89,15 @@ class Admission:
     def has_work(self) -> bool:
         return bool(self._incoming) or len(self._line) > 0
 
-    def take(self) -> Batch[Slot] | None:
-        """The next batch; None when nothing is in line."""
+    def ahead(self) -> Ahead | None:
+        """What ``take`` would take; None when nothing is in line."""
         with self._line_lock:
-            return self._line.take(self._budget, self._brief_budget)
+            return self._line.ahead(self._budget)
+
+    def take(self, parts: int = 1) -> Batch[Slot] | None:
+        """The next batch, one of so many that run at the same time; None when nothing is in line."""
+        with self._line_lock:
+            return self._line.take(self._budget, self._brief_budget, parts)
 
     def clear(self) -> list[Job]:
         """Everyone who is not in line yet, taken out: for a stop."""
@@ -235,7 +240,7 @@ class Admission:
 
 def fail_inside(jobs: Sequence[Job], error: Exception, events: Events) -> None:
     """Jobs that a defect of the worker's own caught: each gets an answer that says so."""
-    broken = [job for job in jobs if job.open_items > 0 and job.failure is None]
+    broken = [job for job in dict.fromkeys(jobs) if job.open_items > 0 and job.failure is None]
     for job in broken:
         job.failure = InferenceFailed(f"the worker failed inside: {type(error).__name__}: {error}")
     events.finished(broken)

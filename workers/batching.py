@@ -21,7 +21,7 @@ from typing import Final, Generic, NamedTuple, TypeVar
 
 from cortex_tasks.payloads import Lane
 
-__all__ = ["BRIEF_AFTER", "INTERACTIVE_STREAK", "Batch", "Batcher", "Budget", "Group", "Waiting"]
+__all__ = ["BRIEF_AFTER", "INTERACTIVE_STREAK", "Ahead", "Batch", "Batcher", "Budget", "Group", "Waiting"]
 
 T = TypeVar("T")
 
@@ -37,6 +37,10 @@ class Budget(NamedTuple):
     max_items: int
     #: Items x longest item.
     max_padded_tokens: int
+
+    def part(self, parts: int) -> Budget:
+        """Of so many passes that run at the same time."""
+        return self._replace(max_padded_tokens=max(1, self.max_padded_tokens // parts))
 
 
 class Group(NamedTuple):
@@ -78,6 +82,16 @@ class Batch(Generic[T]):
         return len(self.items) * max(item.cost_tokens for item in self.items)
 
 
+class Ahead(NamedTuple):
+    """What the next batch will be."""
+
+    model: str
+    #: Nothing should run beside it: it may kill its worker, or interactive items come, and wait for it to end.
+    by_itself: bool
+    #: More of its kind wait than one batch holds.
+    more: bool
+
+
 class Batcher(Generic[T]):
     """Holds waiting items and hands out batches."""
 
@@ -103,31 +117,47 @@ class Batcher(Generic[T]):
             insort(self._by_length[item.group, item.lane], (item.cost_tokens, item._seq, item))
         self._size += 1
 
-    def take(self, budget: Callable[[str], Budget], brief: Callable[[str], Budget] | None = None) -> Batch[T] | None:
+    def ahead(self, budget: Callable[[str], Budget]) -> Ahead | None:
+        """What ``take`` would take, or None when nothing waits."""
+        lane = self._lane()
+        if lane is None:
+            return None
+        head = self._heads[lane][0][2]
+        if head.alone or self._is_hurried(lane):
+            return Ahead(head.group.model, by_itself=True, more=False)
+        line, limit = self._by_length[head.group, lane], budget(head.group.model)
+        more = len(line) > limit.max_items or len(line) * line[-1][0] > limit.max_padded_tokens
+        return Ahead(head.group.model, by_itself=False, more=more)
+
+    def take(
+        self, budget: Callable[[str], Budget], brief: Callable[[str], Budget] | None = None, parts: int = 1
+    ) -> Batch[T] | None:
         """The next batch, or None when nothing waits. ``budget`` gives a model's limits, ``brief`` those of a bulk
-        batch between interactive ones (default: the same)."""
-        lane = self._next_lane()
+        batch between interactive ones (default: the same). With ``parts`` it holds a part of the tokens only, since as
+        many batches run at the same time."""
+        lane = self._lane()
         if lane is None:
             return None
         head = heapq.heappop(self._heads[lane])[2]
+        limit = (brief if brief and self._is_hurried(lane) else budget)(head.group.model)
+        self._streak = self._streak + 1 if lane == "interactive" and self._surface("bulk") else 0
         self._since_interactive = 0 if lane == "interactive" else self._since_interactive + 1
-        hurried = lane == "bulk" and self._since_interactive <= BRIEF_AFTER
-        limit = (brief if brief and hurried else budget)(head.group.model)
-        chosen = [head] if head.alone else self._fill(head, limit)
+        chosen = [head] if head.alone else self._fill(head, limit.part(parts))
         for item in chosen:
             item._taken = True
         self._size -= len(chosen)
         full = not head.alone and (head.group, head.lane) in self._by_length
         return Batch(head.group, chosen, limit, full)
 
-    def _next_lane(self) -> Lane | None:
+    def _lane(self) -> Lane | None:
+        """Whose turn it is; None when nothing waits."""
         interactive, bulk = (self._surface(lane) for lane in ("interactive", "bulk"))
         if interactive and bulk:
-            self._streak += 1
-            if self._streak <= INTERACTIVE_STREAK:
-                return "interactive"
-        self._streak = 0
-        return "interactive" if interactive and not bulk else "bulk" if bulk else None
+            return "interactive" if self._streak < INTERACTIVE_STREAK else "bulk"
+        return "interactive" if interactive else "bulk" if bulk else None
+
+    def _is_hurried(self, lane: Lane) -> bool:
+        return lane == "bulk" and self._since_interactive < BRIEF_AFTER
 
     def _surface(self, lane: Lane) -> bool:
         """Drop taken items from the top of a lane's heap; True when one still waits."""

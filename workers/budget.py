@@ -134,9 +134,8 @@ class BudgetLearner:
 
     def next_tokens(self) -> int:
         """The budget for the next batch: the best, or now and then a neighbour."""
-        if self._trying is not None:
-            return self._steps[self._trying]
-        return self.best_tokens
+        trying = self._trying  # read once: another thread may learn meanwhile
+        return self.best_tokens if trying is None else self._steps[trying]
 
     def calibrate(
         self, run: Callable[[int], float], budget_s: float, clock: Callable[[], float], *, most_tokens: float = math.inf

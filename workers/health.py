@@ -199,7 +199,7 @@ class Health(threading.Thread):
         excused = (
             now_s - self._answered_at_s > _ANSWERS_S
             or self._held_up()
-            or any(runner.running is not None for runner in self._runners())
+            or any(runner.running for runner in self._runners())
             or any(model.state == "loading" for model in models)
         )
         return Beat(
@@ -229,10 +229,7 @@ class Health(threading.Thread):
         A pass that hangs in the process cannot be cancelled: with the process gone, its jobs' leases run out, the
         supervisor starts another worker, and the job that did it is counted as a suspect.
         """
-        for runner in self._runners():
-            if (running := runner.running) is None:
-                continue
-            alias, since_s = running
+        for alias, since_s in (running for runner in self._runners() for running in runner.running):
             config = self._registry.models[alias].config
             # Children are killed by their host at the limit; the host itself gets twice the time.
             limit_s = config.limits.time_limit_s * (2 if config.children else 1)

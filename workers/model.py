@@ -37,6 +37,8 @@ class Model:
     jobs: int = 0
     items: int = 0
     batches: int = 0
+    #: In forward passes; those at the same time count each.
+    forward_s: float = 0.0
     loads: int = 0
     #: In the worker's own process, as the last load found it; 0 before.
     size_bytes: int = 0
@@ -100,6 +102,7 @@ class Model:
             jobs=self.jobs,
             items=self.items,
             batches=self.batches,
+            forward_s=round(self.forward_s, 3),
             budget_tokens=learner.best_tokens if learner else self.budget.max_padded_tokens,
             tier=(opened and opened.tier) or "",
             fetch_ms=round(self.fetch_ms, 1),

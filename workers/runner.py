@@ -4,6 +4,11 @@ One runner serves every model that computes in the worker's own process (so that
 the same cores); each model hosted in children has a runner of its own. While a long pass runs, the runner's preparer
 admits what arrives, so that the next batch is ready when the pass ends; an idle runner admits by itself, which spares
 a short pass the hand-over.
+
+A pass has all cores to itself, on the runner's thread: so a text that comes alone is answered soonest. Where more than
+a batch waits and the model has a crew, a batch with a part of the budget runs on each of the crew's threads instead,
+*apart* from the others: a thread that is through takes the next one, and none waits for the one that the hub, a client
+or Redis has kept from running. Measured in docs/performance.md.
 """
 
 from __future__ import annotations
@@ -12,10 +17,11 @@ import logging
 import threading
 import time
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import Final, NamedTuple
 
 from cortex_tasks.errors import CortexError
-from workers.adapters import Item
+from workers.adapters import Crew, Item
 from workers.admission import Admission, Events, Slot, fail_inside
 from workers.batching import Batch
 from workers.placement import Placement
@@ -58,8 +64,12 @@ class Runner(threading.Thread):
         self._stop_grace_s = stop_grace_s
         self._usual_pass_s = 0.0
         self._placement = Placement()
-        #: The forward pass that is running; None between passes. Replaced as a whole, for the watchdog's thread.
-        self.running: Running | None = None
+        #: Batches that run on threads of a crew.
+        self._apart = 0
+        #: The forward passes that are running, by their threads.
+        self._passes: dict[int, Running] = {}
+        #: Guards what passes at the same time may have in common: jobs, a model's counters and its learner.
+        self._books = threading.Lock()
 
     # ------------------------------------------------------------------ called by other threads
 
@@ -75,6 +85,11 @@ class Runner(threading.Thread):
             self._changed.notify()
             self._while_busy.notify()
 
+    @property
+    def running(self) -> tuple[Running, ...]:
+        """The forward passes that are running. May be read by any thread."""
+        return tuple(self._passes.values())
+
     def _notify(self) -> None:
         with self._changed:
             if self._in_long_pass():
@@ -83,7 +98,7 @@ class Runner(threading.Thread):
                 self._changed.notify()
 
     def _in_long_pass(self) -> bool:
-        return self.running is not None and self._usual_pass_s > _LONG_PASS_S
+        return self.ident in self._passes and self._usual_pass_s > _LONG_PASS_S
 
     # -------------------------------------------------------------------------- on its own threads
 
@@ -91,7 +106,7 @@ class Runner(threading.Thread):
         self._preparer.start()
         while True:
             with self._changed:
-                self._changed.wait_for(lambda: self._admission.has_work or self._stopping)
+                self._changed.wait_for(self._may_go_on)
                 stopping = self._stopping
             if stopping:
                 self._preparer.join()
@@ -99,9 +114,48 @@ class Runner(threading.Thread):
                 return
             if self._admission.has_incoming:
                 self._admission.admit()
-            batch = self._admission.take()
-            if batch is not None:
-                self._run_guarded(batch)
+            self._run_next()
+
+    def _may_go_on(self) -> bool:
+        if self._stopping:
+            return self._apart == 0
+        return self._admission.has_incoming or self._turn(self._apart)[0]
+
+    def _turn(self, apart: int) -> tuple[bool, Crew | None]:
+        """Whether the next batch may run now, beside so many that run apart, and on whose threads: a crew's, or (None)
+        the runner's own with all cores."""
+        ahead = self._admission.ahead()
+        if ahead is None:
+            return False, None
+        adapter = self._registry.model(ahead.model).adapter
+        crew = adapter.crew if adapter and not ahead.by_itself else None
+        if crew is not None and (apart or ahead.more):
+            return apart < crew.threads, crew
+        return not apart, None
+
+    def _run_next(self) -> None:
+        with self._changed:
+            may_run, crew = self._turn(self._apart)
+            batch = self._admission.take(crew.threads if crew else 1) if may_run else None
+            if batch is not None and crew is not None:
+                self._apart += 1
+                crew.executor.submit(self._run_apart, batch, crew)
+        if batch is not None and crew is None:
+            self._run_guarded(batch)
+
+    def _run_apart(self, batch: Batch[Slot] | None, crew: Crew) -> None:
+        """On a thread of a crew: this batch, then the next ones, while they may run so."""
+        try:
+            while batch is not None:
+                self._run_guarded(batch, crew.threads)
+                with self._changed:
+                    may_run, whose = self._turn(self._apart - 1)
+                    go_on = may_run and whose == crew and not self._stopping
+                    batch = self._admission.take(crew.threads) if go_on else None
+        finally:
+            with self._changed:
+                self._apart -= 1
+                self._changed.notify()
 
     def _prepare(self) -> None:
         """The preparer: admit what arrives while a long pass runs."""
@@ -131,46 +185,59 @@ class Runner(threading.Thread):
         if left:
             self._events.dropped(list(left))
 
-    def _run_guarded(self, batch: Batch[Slot]) -> None:
-        """A defect here must neither end the thread nor leave a job without an answer."""
+    def _run_guarded(self, batch: Batch[Slot], passes: int = 1) -> None:
+        """A defect here must neither end the thread nor leave a job without an answer.
+
+        ``passes``: how many run at the same time, on a thread each; one has all cores.
+        """
         try:
-            self._run(batch)
+            self._run(batch, passes)
         except Exception as error:
             logger.exception("a batch of %s failed", batch.group.model)
-            fail_inside([waiting.payload.job for waiting in batch.items], error, self._events)
+            with self._books:
+                fail_inside([waiting.payload.job for waiting in batch.items], error, self._events)
         finally:
             self._registry.release(batch.group.model, len(batch.items))
 
     # ------------------------------------------------------------------------------ a batch runs
 
-    def _run(self, batch: Batch[Slot]) -> None:
-        slots = self._wanted(batch)
+    def _run(self, batch: Batch[Slot], passes: int) -> None:
+        with self._books:
+            slots = self._wanted(batch)
+            if slots:
+                self._start(slots)
         if not slots:
             return
         model = self._registry.model(batch.group.model)
-        self._start(slots)
-        started_s = time.perf_counter()
+        began_s = time.perf_counter()
         try:
-            with self._placement:
+            with self._placement if passes == 1 else nullcontext():
                 outcomes = self._forward(model, batch, slots)
-                pass_s = time.perf_counter() - started_s
+                ended_s = time.perf_counter()
                 for slot in slots:
                     if slot.job.suspect:
                         self._events.survived(slot.job, slot.index)
-                model.batches += 1
-                model.items += len(slots)
                 # All that can wait comes after it: somebody waits for these answers.
-                self._settle(model, slots, outcomes, pass_s * 1e3)
+                with self._books:
+                    self._settle(model, slots, outcomes, began_s, ended_s)
         finally:
-            self.running = None
-        self._usual_pass_s += 0.2 * (pass_s - self._usual_pass_s)
-        if model.learner is not None:
-            budget_tokens = batch.budget.max_padded_tokens
-            if batch.full and len(slots) == len(batch.items):
-                tokens = sum(waiting.cost_tokens for waiting in batch.items)
-                model.learner.observe(budget_tokens, tokens, pass_s)
-            else:
-                model.learner.pass_over(budget_tokens)
+            self._passes.pop(threading.get_ident(), None)
+        if passes == 1:
+            self._usual_pass_s += 0.2 * (ended_s - began_s - self._usual_pass_s)
+        with self._books:
+            self._learn(model, batch, slots, passes, ended_s - began_s)
+
+    def _learn(self, model: Model, batch: Batch[Slot], slots: Sequence[Slot], passes: int, pass_s: float) -> None:
+        learner = model.learner
+        if learner is None:
+            return
+        # A crew's models run on all cores when little waits, or in a hurry: neither says what the budget is good for.
+        as_usual = passes > 1 or not (model.adapter and model.adapter.crew)
+        if batch.full and as_usual and len(slots) == len(batch.items):
+            tokens = sum(waiting.cost_tokens for waiting in batch.items)
+            learner.observe(batch.budget.max_padded_tokens, tokens * passes, pass_s)
+        else:
+            learner.pass_over(batch.budget.max_padded_tokens)
 
     def _wanted(self, batch: Batch[Slot]) -> list[Slot]:
         """The batch less the items of jobs that were cancelled, expired or may not run any more."""
@@ -216,7 +283,7 @@ class Runner(threading.Thread):
         adapter, task, params = model.loaded, batch.group.task, slots[0].job.params
 
         def note_pass() -> None:
-            self.running = Running(model.alias, time.monotonic())
+            self._passes[threading.get_ident()] = Running(model.alias, time.monotonic())
 
         note_pass()
         items: list[Item] = []
@@ -230,10 +297,12 @@ class Runner(threading.Thread):
             items.append(item)
         return forward_isolating(adapter, task, items, params, note_pass)
 
-    def _settle(self, model: Model, slots: list[Slot], outcomes: list[object], forward_ms: float) -> None:
+    def _settle(self, model: Model, slots: list[Slot], outcomes: list[object], began_s: float, ended_s: float) -> None:
+        model.batches += 1
+        model.items += len(slots)
+        model.forward_s += ended_s - began_s
         for job in _jobs_of(slots):
-            job.watch.forward_ms += forward_ms
-            job.watch.batch_items = max(job.watch.batch_items, len(slots))
+            job.watch.add_pass(began_s, ended_s, len(slots))
         done = [slot.job for slot, out in zip(slots, outcomes, strict=True) if slot.job.settle(slot.index, out)]
         if done:
             model.jobs += len(done)

@@ -30,6 +30,19 @@ class Stopwatch:
     forward_ms: float = 0.0
     finish_ms: float = 0.0
     batch_items: int = 0
+    #: When passes ran, in order; none touches the next.
+    _spans_s: list[tuple[float, float]] = field(default_factory=list)
+
+    def add_pass(self, began_s: float, ended_s: float, items: int) -> None:
+        """A pass over so many items, some of them this job's, has ended. Passes may run at the same time: what they
+        share counts once. Seconds of any one clock; called in the order of their ends."""
+        self.batch_items = max(self.batch_items, items)
+        while self._spans_s and self._spans_s[-1][1] >= began_s:
+            before_s, until_s = self._spans_s.pop()
+            self.forward_ms -= (until_s - before_s) * 1e3
+            began_s, ended_s = min(began_s, before_s), max(ended_s, until_s)
+        self._spans_s.append((began_s, ended_s))
+        self.forward_ms += (ended_s - began_s) * 1e3
 
     @property
     def model_s(self) -> float:

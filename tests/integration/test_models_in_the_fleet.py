@@ -181,6 +181,18 @@ def test_single_texts_share_forward_passes(fleet: ModelFleet, sentence_transform
 # --------------------------------------------------------------------------------------------------- spaCy
 
 
+def test_none_of_many_answers_is_crossed(fleet: ModelFleet, sentence_transformer: Any) -> None:
+    """More than a batch waits, in both lanes: batches run on a core each, and end in any order."""
+    texts = [f"{text} Number {number}." for number in range(60) for text in TEXTS]
+    singles = [fleet.cortex.submit("embed", text, cache="off") for text in texts[::3]]
+    found = np.stack([each.vector for each in fleet.cortex.map("embed", texts, cache="off")])
+    alone = np.stack([job.result(timeout_s=60).values()[0].vector for job in singles])
+    expected = sentence_transformer.encode(texts, normalize_embeddings=True)
+    np.testing.assert_allclose(found, expected, atol=TOLERANCE)
+    np.testing.assert_allclose(alone, expected[::3], atol=TOLERANCE)
+    assert next(model for model in _card(fleet.nlp_worker).models if model.alias == "minilm").forward_s > 0
+
+
 def test_annotations_are_the_pipelines(fleet: ModelFleet) -> None:
     import spacy
 

@@ -8,8 +8,9 @@ from typing import NamedTuple, cast
 from cortex_tasks.catalog import nearest
 from cortex_tasks.errors import ConfigError, ModelUnavailable
 from workers.adapters.base import Adapter, Item, LoadContext, Memo, WireValue
+from workers.engines.crew import Crew
 
-__all__ = ["ADAPTERS", "Adapter", "Item", "LoadContext", "Memo", "WireValue", "adapter_class"]
+__all__ = ["ADAPTERS", "Adapter", "Crew", "Item", "LoadContext", "Memo", "WireValue", "adapter_class"]
 
 
 class _Row(NamedTuple):

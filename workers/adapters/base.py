@@ -20,6 +20,7 @@ from typing import Any, ClassVar, Protocol, Self
 
 from cortex_tasks.errors import CortexError
 from cortex_tasks.payloads import Params
+from workers.engines.crew import Crew
 
 #: A value as it travels: the fields of the task's result class (``cortex_tasks.payloads``) less model, revision
 #: and timings. JSON types, and bytes for packed float32 little-endian arrays.
@@ -70,7 +71,8 @@ class Memo(Protocol):
 
 
 class Adapter(ABC):
-    """A loaded model. One thread at a time calls ``forward``; another may call ``prepare`` meanwhile."""
+    """A loaded model. One thread at a time calls ``forward``, or each thread of its crew; another may call ``prepare``
+    meanwhile."""
 
     #: Bump when a change here changes answers: it is part of the model's revision.
     version: ClassVar[str] = "1"
@@ -85,6 +87,8 @@ class Adapter(ABC):
     figures: str = ""
     #: Where an adapter may keep what it made of an input; its caller sets it once the model is warm.
     memo: Memo | None = None
+    #: Threads on which ``forward`` may run at the same time, each by itself; None: one pass at a time, on all cores.
+    crew: Crew | None = None
 
     @classmethod
     @abstractmethod

@@ -83,8 +83,7 @@ class SentenceTransformersAdapter(Adapter):
         self._unnormalized = later[:-1] if later and isinstance(later[-1], Normalize) else later
         self._output: str = transformer.module_output_name
         self._device = model.device
-        self._engine: Engine | PackedEngine = TorchEngine(transformer, self._output, precision)
-        self.engine, self.precision = self._engine.name, self._engine.precision
+        self._run_on(TorchEngine(transformer, self._output, precision))
         self._constants = self._constant_features()
 
     @classmethod
@@ -165,6 +164,11 @@ class SentenceTransformersAdapter(Adapter):
         self._engine.close()
         release(self._modules)
 
+    def _run_on(self, engine: Engine | PackedEngine, figures: str = "") -> None:
+        self._engine, self.figures = engine, figures
+        self.engine, self.precision = engine.name, engine.precision
+        self.crew = engine.crew if isinstance(engine, TorchEngine) else None
+
     def _take_engine(self, context: LoadContext) -> None:
         """Run on the engine that the model's backend names instead of torch."""
         rows = [row for row in self._reader.read(_EXAMPLE, prefix=self._prompt) if isinstance(row, Tokens)]
@@ -176,8 +180,7 @@ class SentenceTransformersAdapter(Adapter):
             embed=self._embed,
         )
         chosen = choose(_request(context), subject)
-        self._engine, self.figures = chosen.engine, chosen.figures
-        self.engine, self.precision = chosen.engine.name, chosen.engine.precision
+        self._run_on(chosen.engine, chosen.figures)
         self.note = chosen.note or self.note
         if self.engine != TorchEngine.name:
             release(self._modules[:1])
@@ -200,13 +203,12 @@ class SentenceTransformersAdapter(Adapter):
             )
             why = passed.note
             if passed.engine is not None:
-                self._engine, self.figures = passed.engine, passed.figures
+                self._run_on(passed.engine, passed.figures)
                 release(self._modules[:1])
         if why:
             self.note = "; ".join(filter(None, (self.note, f"{why}; runs on torch")))
             transformer.to(dtype_of(context))
-            self._engine = TorchEngine(transformer, self._output, context.precision)
-        self.engine, self.precision = self._engine.name, self._engine.precision
+            self._run_on(TorchEngine(transformer, self._output, context.precision))
 
     def _not_packed(self) -> str:
         """Why the model is none that can run packed; "" when it may be."""

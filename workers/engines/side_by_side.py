@@ -1,9 +1,11 @@
-"""A batch in parts that are computed side by side, each by one thread.
+"""A batch in parts that are computed side by side, each by one thread; or batches side by side, where many wait.
 
 All threads on one operation after the other meet at a barrier after each: every one then waits for the slowest, which
 on shared cores is the one that another program keeps from running. Parts meet once, at the end. Measured
 (docs/performance-engines.md): 1.05 to 1.2 times the tokens a second on idle cores, 1.1 to 1.3 times on cores that
 others use too. A small batch has too little for that, and is faster with all threads on it.
+
+Batches side by side never meet: a thread that is through takes the next one (``crew``).
 """
 
 from __future__ import annotations
@@ -16,6 +18,8 @@ from typing import Final, TypeVar
 
 import torch
 
+from workers.engines.crew import Crew
+
 __all__ = ["SideBySide", "cut"]
 
 Part = TypeVar("Part")
@@ -24,6 +28,8 @@ Part = TypeVar("Part")
 _LEAST_TOKENS: Final = 64
 #: The same when the costliest part is more than this over the mean of all: the others wait for it.
 _UNEQUAL: Final = 1.2
+
+_this_thread = threading.local()
 
 
 def cut(costs: Sequence[float], parts: int) -> list[slice]:
@@ -52,14 +58,21 @@ class SideBySide:
             _pool(threads)
 
     def parts(self, lengths: Sequence[int]) -> list[slice]:
-        """The parts for rows of so many tokens; one where all threads had better compute the whole."""
+        """The parts for rows of so many tokens; one where all threads had better compute the whole, or where this
+        thread computes by itself."""
         whole = [slice(0, len(lengths))]
-        if not len(lengths) >= self._threads > 1 or sum(lengths) < self._threads * _LEAST_TOKENS:
+        few = not len(lengths) >= self._threads > 1 or sum(lengths) < self._threads * _LEAST_TOKENS
+        if few or getattr(_this_thread, "computes_alone", False):
             return whole
         costs = [length * (1 + length * self._pair_cost) for length in lengths]
         parts = cut(costs, self._threads)
         longest = max(sum(costs[part]) for part in parts)
         return parts if longest * self._threads <= _UNEQUAL * sum(costs) else whole
+
+    @property
+    def crew(self) -> Crew | None:
+        """Its threads, for whole batches; None when there is one."""
+        return Crew(self._threads, _pool(self._threads)) if self._threads > 1 else None
 
     def run(self, compute: Callable[[Part], None], parts: Sequence[Part]) -> None:
         """Returns when all are through. Raises what the first part that failed has raised."""
@@ -90,3 +103,4 @@ def _pool(threads: int) -> ThreadPoolExecutor:
 def _alone() -> None:
     torch.get_num_threads()  # a thread takes the process' setting when it first needs it, and keeps its own after that
     torch.set_num_threads(1)
+    _this_thread.computes_alone = True

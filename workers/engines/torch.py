@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from workers.engines.crew import Crew
 from workers.engines.lean_bert import LeanBert
 from workers.engines.side_by_side import SideBySide
 
@@ -30,6 +31,8 @@ class TorchEngine:
         self._output = output
         self._lean = LeanBert.of(getattr(transformer, "model", None)) if lean else None
         self._side_by_side = SideBySide(torch.get_num_threads(), self._lean.pair_cost) if self._lean else None
+        #: Threads on which ``encode`` may run at the same time; None: one thread at a time.
+        self.crew: Crew | None = self._side_by_side.crew if self._side_by_side else None
 
     @property
     def size_bytes(self) -> int:

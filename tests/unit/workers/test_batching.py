@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from workers.batching import BRIEF_AFTER, INTERACTIVE_STREAK, Batcher, Budget, Group, Waiting
+from workers.batching import BRIEF_AFTER, INTERACTIVE_STREAK, Ahead, Batcher, Budget, Group, Waiting
 
 EMBED = Group("minilm", "embed", "{}")
 OTHER = Group("minilm", "embed", '{"normalize":false}')
@@ -116,6 +116,46 @@ def test_a_batch_is_full_while_others_of_its_group_and_lane_wait() -> None:
     assert full == [([0, 1], True), ([2], False), ([3], False), ([4], False)]
 
 
+def test_ahead_is_what_take_takes_next() -> None:
+    batcher: Batcher[int] = Batcher()
+    other = Group("other", "embed", "{}")
+
+    def ahead() -> Ahead | None:
+        return batcher.ahead(lambda model: limits(3, 100) if model == "minilm" else limits())
+
+    assert ahead() is None
+    for number in range(3):
+        batcher.add(Waiting(number, EMBED, 30, lane="bulk"))
+    assert ahead() == Ahead("minilm", by_itself=False, more=False)
+    batcher.add(Waiting(3, EMBED, 30, lane="bulk"))
+    assert ahead() == Ahead("minilm", by_itself=False, more=True), "too many items"
+    batcher.add(Waiting(4, other, deadline_s=5.0))
+    assert ahead() == Ahead("other", by_itself=False, more=False), "interactive first"
+    batcher.add(Waiting(5, other, deadline_s=4.0, alone=True))
+    assert ahead() == Ahead("other", by_itself=True, more=False)
+    assert [batcher.take(lambda _: limits(3, 100)) is not None for _ in range(2)] == [True, True]
+    assert ahead() == Ahead("minilm", by_itself=True, more=False), "interactive items come"
+
+
+def test_ahead_counts_padding() -> None:
+    batcher: Batcher[int] = Batcher()
+    for number, tokens in enumerate((10, 10, 40)):
+        batcher.add(Waiting(number, EMBED, tokens))
+    assert batcher.ahead(lambda _: limits(padded=120)) == Ahead("minilm", by_itself=False, more=False)
+    assert batcher.ahead(lambda _: limits(padded=119)) == Ahead("minilm", by_itself=False, more=True)
+
+
+def test_one_of_several_batches_at_a_time_holds_its_part_of_the_tokens() -> None:
+    batcher: Batcher[int] = Batcher()
+    for number in range(10):
+        batcher.add(Waiting(number, EMBED, 10))
+    batch = batcher.take(lambda _: limits(8, 90), parts=2)
+    assert batch is not None
+    assert [waiting.payload for waiting in batch.items] == [0, 1, 2, 3]
+    assert batch.budget == limits(8, 90), "which budget it is a part of"
+    assert batcher.take(lambda _: limits(8, 1), parts=2) is not None, "the head always goes"
+
+
 @given(
     st.lists(
         st.tuples(
@@ -136,7 +176,13 @@ def test_every_item_leaves_once_within_the_limits(items, max_items, max_padded) 
         batcher.add(Waiting(number, group, cost, lane, deadline, alone))
     limit = limits(max_items, max_padded)
     left = []
-    while (batch := batcher.take(lambda _: limit)) is not None:
+    while (ahead := batcher.ahead(lambda _: limit)) is not None:
+        waits = len(batcher)
+        batch = batcher.take(lambda _: limit)
+        assert batch is not None
+        assert ahead.model == batch.group.model
+        assert ahead.by_itself or len(batch.items) == waits or not batch.full or ahead.more
+        assert ahead.by_itself or not batch.items[0].alone
         assert len({waiting.group for waiting in batch.items} | {batch.group}) == 1
         assert len({waiting.lane for waiting in batch.items}) == 1
         assert len(batch.items) <= max_items
@@ -147,3 +193,4 @@ def test_every_item_leaves_once_within_the_limits(items, max_items, max_padded) 
         left += [waiting.payload for waiting in batch.items]
     assert sorted(left) == list(range(len(items)))
     assert len(batcher) == 0
+    assert batcher.take(lambda _: limit) is None

@@ -54,7 +54,7 @@ def test_a_growing_total_never_gives_a_negative_rate(steps: list[tuple[float, in
 class Bench:
     def __init__(self, connect: Any = None, beats_in: Path = Path("/nonexistent"), **models: dict[str, Any]) -> None:
         self.registry: Registry = registry_of(fleet_of(**(models or {"m": {"limits": {"time_limit_s": 10}}})))
-        self.runner = SimpleNamespace(running=None)
+        self.runner = SimpleNamespace(running=())
         self.queues = ["m"]
         self.exits: list[int] = []
         self.held, self.settled, self.held_up = 3, 0, False
@@ -124,12 +124,13 @@ def test_a_redis_that_is_away_does_not_end_the_thread() -> None:
 @pytest.mark.parametrize(
     ("running", "hung"),
     [
-        (None, False),
-        (Running("m", 100.0), True),
-        (Running("m", 190.5), False),
+        ((), False),
+        ((Running("m", 100.0),), True),
+        ((Running("m", 190.5),), False),
+        ((Running("m", 190.5), Running("m", 100.0)), True),
     ],
 )
-def test_only_a_pass_over_its_limit_ends_the_process(running: Running | None, hung: bool) -> None:
+def test_only_a_pass_over_its_limit_ends_the_process(running: tuple[Running, ...], hung: bool) -> None:
     bench = Bench()
     bench.runner.running = running
     bench.health.check_progress(200.0)
@@ -138,7 +139,7 @@ def test_only_a_pass_over_its_limit_ends_the_process(running: Running | None, hu
 
 def test_a_host_of_children_gets_twice_the_time() -> None:
     bench = Bench(m={"limits": {"time_limit_s": 10}, "children": 1})
-    bench.runner.running = Running("m", 0.0)
+    bench.runner.running = (Running("m", 0.0),)
     bench.health.check_progress(19.0)
     assert bench.exits == []
     bench.health.check_progress(21.0)
@@ -193,7 +194,7 @@ def test_what_ends_by_itself_is_no_standstill(excuse: str) -> None:
     bench = Bench()
     alive(bench)
     bench.health.beat(0.0)
-    bench.runner.running = Running("m", 0.0) if excuse == "a pass runs" else None
+    bench.runner.running = (Running("m", 0.0),) if excuse == "a pass runs" else ()
     bench.registry.model("m").state = "loading" if excuse == "a model is loaded" else "ready"
     bench.held_up = excuse == "answers wait for Redis"
     assert bench.health.beat(1_000.0).stalled_s == 0.0

@@ -88,7 +88,7 @@ def test_a_long_pass_overlaps_the_preparation_of_what_comes_meanwhile() -> None:
         bench.submit(job("second", "b"))
         assert prepared.wait(PATIENCE_S), "the second job was not prepared while the first ran"
         assert bench.adapter.passes == []
-        assert bench.runner.running is not None
+        assert bench.runner.running
         bench.adapter.gate.set()
         bench.events.wait("finished", "first", "second")
     assert bench.adapter.passes == [["a"], ["b"]]
@@ -139,7 +139,7 @@ def test_between_passes_nothing_runs() -> None:
     with bench.running():
         bench.submit(job("a", "x"))
         bench.events.wait("finished", "a")
-    assert bench.runner.running is None
+    assert bench.runner.running == ()
 
 
 def test_each_pass_of_a_bisection_is_one_to_the_watchdog() -> None:
@@ -148,8 +148,8 @@ def test_each_pass_of_a_bisection_is_one_to_the_watchdog() -> None:
 
     class Picky(StubAdapter):
         def forward(self, task: str, items: Sequence[Item], params: Params) -> Sequence[Any]:
-            assert bench.runner.running is not None
-            seen.append(bench.runner.running.since_s)
+            [running] = bench.runner.running
+            seen.append(running.since_s)
             if any(item.data == "bad" for item in items):
                 raise RuntimeError("cannot take it")
             return super().forward(task, items, params)

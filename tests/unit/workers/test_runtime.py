@@ -14,7 +14,7 @@ from cortex_tasks.codec import dumps, loads
 from cortex_tasks.errors import CortexError, InferenceFailed, InvalidInput
 from cortex_tasks.payloads import EmbedParams, Params
 from workers.adapters import Adapter, Item, LoadContext
-from workers.runtime import Job, answer, forward_isolating, run_alone
+from workers.runtime import Job, Stopwatch, answer, forward_isolating, run_alone
 
 
 class Fragile(Adapter):
@@ -95,3 +95,28 @@ def test_an_answer_is_short_in_logs() -> None:
     job = Job("id", "m", "embed", EmbedParams(), [0] * 500)
     run_alone(job, Fragile(set()))
     assert len(repr(answer(job, "0123456789abcdef"))) < 100
+
+
+# ------------------------------------------------------------------------------------------------ timings
+
+
+def test_what_passes_share_counts_once() -> None:
+    watch = Stopwatch()
+    watch.add_pass(10.0, 11.0, items=3)
+    watch.add_pass(10.5, 11.5, items=7)
+    assert watch.forward_ms == 1_500.0
+    watch.add_pass(12.0, 12.25, items=1)
+    assert (watch.forward_ms, watch.batch_items) == (1_750.0, 7)
+    watch.add_pass(11.75, 12.5, items=1)
+    assert watch.forward_ms == 2_250.0
+    watch.add_pass(9.0, 13.0, items=1)
+    assert watch.forward_ms == 4_000.0, "longer than all the others"
+
+
+@given(st.lists(st.tuples(st.integers(0, 100), st.integers(1, 10)), min_size=1))
+def test_the_time_in_passes_is_that_in_which_any_ran(spans: list[tuple[int, int]]) -> None:
+    watch = Stopwatch()
+    for ended_s, began_s in sorted((began_s + took_s, began_s) for began_s, took_s in spans):
+        watch.add_pass(began_s, ended_s, items=1)
+    seconds = {second for began_s, took_s in spans for second in range(began_s, began_s + took_s)}
+    assert watch.forward_ms == len(seconds) * 1e3

@@ -121,6 +121,20 @@ def test_unnormalized_minilm_is_the_library_without_its_last_module(
     assert np.abs(np.linalg.norm(got, axis=1) - 1).min() > 0.01
 
 
+def test_each_thread_of_its_crew_embeds_as_the_library_does(
+    minilm: SentenceTransformersAdapter, library_minilm: Any
+) -> None:
+    texts = [f"{sentence} {number}" for number in range(8) for sentence in SENTENCES]
+    expected = library_minilm.encode(texts, normalize_embeddings=True)
+    crew = minilm.crew
+    assert crew is not None
+    halves = [slice(0, None, 2), slice(1, None, 2)]
+    for _ in range(3):
+        found = list(crew.executor.map(lambda half: _embed(minilm, texts[half]), halves))
+        for half, vectors in zip(halves, found, strict=True):
+            np.testing.assert_allclose(vectors, expected[half], atol=TOLERANCE)
+
+
 def test_it_says_which_texts_were_cut_to_the_window(minilm: SentenceTransformersAdapter) -> None:
     texts = ["short", "word " * 254, "word " * 255]  # 256 tokens with [CLS] and [SEP], then 257
     params = EmbedParams()

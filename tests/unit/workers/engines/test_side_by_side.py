@@ -95,6 +95,22 @@ def test_each_part_computes_with_one_thread_in_the_callers_mode_and_the_others_k
     assert {(threads, mode) for _, threads, mode in seen} == {(1, True)}
 
 
+def test_on_a_thread_of_the_crew_a_batch_is_whole() -> None:
+    side = SideBySide(2, 1 / 1536)
+    crew = side.crew
+    assert crew is not None
+    assert crew.threads == 2
+    together = threading.Barrier(2)
+
+    def parts(_: int) -> tuple[str, int, int]:
+        together.wait(10)
+        return threading.current_thread().name, torch.get_num_threads(), len(side.parts([64, 64]))
+
+    assert set(crew.executor.map(parts, range(2))) == {("part_0", 1, 1), ("part_1", 1, 1)}
+    assert len(side.parts([64, 64])) == 2
+    assert SideBySide(1, 0).crew is None
+
+
 def test_a_part_that_fails_is_told_when_the_others_are_through() -> None:
     through: list[int] = []
     failed = threading.Event()
