@@ -97,9 +97,11 @@ def _fields(cls: type[BaseModel]) -> frozenset[str]:
     return frozenset(cls.model_fields)
 
 
-def _known(cls: type[BaseModel], given: Mapping[str, Any]) -> dict[str, Any]:
+def _known(cls: type[BaseModel], given: Mapping[str, Any]) -> Mapping[str, Any]:
     """What this version knows of: a newer worker may say more."""
     fields = _fields(cls)
+    if given.keys() <= fields:
+        return given
     return {name: value for name, value in given.items() if name in fields}
 
 

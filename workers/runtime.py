@@ -14,7 +14,7 @@ from typing import Any
 from cortex_tasks.codec import Answer
 from cortex_tasks.derived import Form, made
 from cortex_tasks.errors import CortexError, InferenceFailed
-from cortex_tasks.payloads import CachePolicy, Lane, Params, Timings
+from cortex_tasks.payloads import CachePolicy, Lane, Params
 from workers.adapters import Adapter, Item
 from workers.batching import Group
 
@@ -161,14 +161,14 @@ def answer(job: Job, revision: str) -> Answer:
         task=job.task,
         model=job.model,
         revision=revision,
-        timings=Timings.model_construct(
-            queue_ms=round(watch.queue_ms, 3),
-            prepare_ms=round(watch.prepare_ms, 3),
-            forward_ms=round(watch.forward_ms, 3),
-            finish_ms=round(watch.finish_ms, 3),
-            cached="l2" if job.known_items and job.known_items == len(job.good_inputs()) else None,
-            batch_items=watch.batch_items,
-        ),
+        timings={
+            "queue_ms": round(watch.queue_ms, 3),
+            "prepare_ms": round(watch.prepare_ms, 3),
+            "forward_ms": round(watch.forward_ms, 3),
+            "finish_ms": round(watch.finish_ms, 3),
+            "cached": "l2" if job.known_items and job.known_items == len(job.good_inputs()) else None,
+            "batch_items": watch.batch_items,
+        },
         items=[
             {"error": outcome.to_wire()} if isinstance(outcome, CortexError) else {"value": outcome}
             for outcome in _asked(job)

@@ -173,7 +173,7 @@ class LoopCoalescer:
         self._riding: dict[_Group, asyncio.TimerHandle | None] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         #: Who is being published, some of whom do not ride yet.
-        self._departing: dict[asyncio.Task[None], list[_LoopSeat]] = {}
+        self._departing: list[list[_LoopSeat]] = []
 
     async def ask(self, plan: Plan, value: Any) -> Any:
         """The result of one checked input. Raises its error."""
@@ -183,21 +183,25 @@ class LoopCoalescer:
         self._pending.add(plan, seat)
         if not self._scheduled:
             self._scheduled = True
-            loop.call_soon(self._depart)
+            # It begins at the loop's next turn: whoever asks before that rides along.
+            task = loop.create_task(self._depart())
+            self._tasks.add(task)
+            task.add_done_callback(self._tasks.discard)
         try:
             return await future
         except asyncio.CancelledError:
             self._leave(seat)
             raise
 
-    def _depart(self) -> None:
+    async def _depart(self) -> None:
         self._scheduled = False
         kinds = self._pending.take()
-        task = asyncio.get_running_loop().create_task(self._publish(kinds))
-        self._departing[task] = [seat for _, seats in kinds for seat in seats]
-        task.add_done_callback(self._departing.pop)
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+        departing = [seat for _, seats in kinds for seat in seats]
+        self._departing.append(departing)
+        try:
+            await self._publish(kinds)
+        finally:
+            self._departing.remove(departing)
 
     async def _publish(self, parts: list[tuple[Plan, list[_LoopSeat]]]) -> None:
         by_envelope: dict[Any, list[_Group]] = {}
@@ -262,7 +266,7 @@ class LoopCoalescer:
 
     async def close(self) -> None:
         """Nobody is left waiting: who still does gets a CancelledError."""
-        left = [seat for seats in self._departing.values() for seat in seats]
+        left = [seat for seats in self._departing for seat in seats]
         left += [seat for _, seats in self._pending.take() for seat in seats]
         for task in list(self._tasks):
             task.cancel()

@@ -238,7 +238,7 @@ class LocalFleet:
             # A worker outlives any failure of its model, and so does this one.
             return _meta(job, "FAILURE", _failure(type(error).__name__, type(error).__module__, [str(error)]))
         timings = Timings(queue_ms=max(0.0, now - job.sent_at) * 1e3, batch_items=len(items))
-        return _meta(job, "SUCCESS", Answer(job.task, job.model, REVISION, timings, items, packed=True))
+        return _meta(job, "SUCCESS", Answer(job.task, job.model, REVISION, timings.model_dump(), items, packed=True))
 
     def _items(self, job: RecordedJob, params: Params) -> list[dict[str, Any]]:
         limits = self.fleet.models[job.model].limits

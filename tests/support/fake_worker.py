@@ -18,7 +18,6 @@ from cortex_tasks.config import FleetConfig, load_fleet
 from cortex_tasks.echo import REVISION, echo
 from cortex_tasks.errors import CortexError
 from cortex_tasks.inputs import check_input, check_params
-from cortex_tasks.payloads import Timings
 from cortex_tasks.presence import WORKERS_KEY, WorkerCard, worker_key
 from tests.support.worker_process import QUEUES_FILE
 
@@ -42,7 +41,7 @@ def answer_message(raw: bytes) -> tuple[str, str | None, Any]:
         found = echo(spec.name, check_input(spec.name, value, limits), params)
         items.append({"error": found.to_wire()} if isinstance(found, CortexError) else {"value": found})
     packed = bool((headers.get(codec.HEADER) or {}).get("packed"))
-    answer = Answer(spec.name, model, REVISION, Timings(queue_ms=1.0), items, packed=packed)
+    answer = Answer(spec.name, model, REVISION, {"queue_ms": 1.0}, items, packed=packed)
     meta = {"status": "SUCCESS", "result": answer, "traceback": None, "children": [], "task_id": headers["id"]}
     return headers["id"], message["properties"].get("reply_to"), meta
 

@@ -41,7 +41,11 @@ items = st.lists(
 
 def meta(items: list[dict[str, Any]], packed: bool) -> dict[str, Any]:
     timings = Timings(queue_ms=1.5, batch_items=3)
-    return {"status": "SUCCESS", "result": Answer("embed", "m", "rev", timings, items, packed), "task_id": "id"}
+    return {
+        "status": "SUCCESS",
+        "result": Answer("embed", "m", "rev", timings.model_dump(), items, packed),
+        "task_id": "id",
+    }
 
 
 # ------------------------------------------------------------------------------------------- round trips
@@ -172,7 +176,7 @@ def test_decoding_runs_no_code() -> None:
 
 
 def test_an_answer_is_short_when_shown() -> None:
-    shown = repr(Answer("embed", "m", "0123456789", Timings(forward_ms=2), [{"value": {}}, {"error": {}}] * 500))
+    shown = repr(Answer("embed", "m", "0123456789", {"forward_ms": 2}, [{"value": {}}, {"error": {}}] * 500))
     assert shown == "<embed m@01234567: 1000 items, 500 failed, forward 2.0 ms>"
 
 

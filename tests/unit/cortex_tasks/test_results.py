@@ -32,7 +32,7 @@ SERIES = Series(ds=("2024-01-01T00:00:00", "2024-01-02T00:00:00"), y=(1.0, 2.0))
 def answer(task: str = "embed", *values: Any, **params: Any) -> Answer:
     checked = TASKS[task].params.model_validate(params)
     items = [{"value": echo(task, value, checked)} for value in values]
-    return Answer(task, "echo", "r1", Timings(forward_ms=2.0), items)
+    return Answer(task, "echo", "r1", Timings(forward_ms=2.0).model_dump(), items)
 
 
 @pytest.mark.parametrize("packed", [True, False])

@@ -56,7 +56,7 @@ def client(redis_url: str) -> Iterator[Any]:
 
 
 def answer(size: int = 1, packed: bool = True) -> Answer:
-    return Answer("embed", "m", "rev", Timings(), [{"value": {"data": b"x" * size}}], packed)
+    return Answer("embed", "m", "rev", Timings().model_dump(), [{"value": {"data": b"x" * size}}], packed)
 
 
 def store(backend: BatchedRedisBackend, *job_ids: str, result: Any = None, **request: Any) -> None:

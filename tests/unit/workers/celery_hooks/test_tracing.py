@@ -19,7 +19,7 @@ from workers.celery_hooks.backend import BatchedRedisBackend
 from workers.celery_hooks.tracing import Tracer
 from workers.tasks import slot
 
-ANSWER = Answer("embed", "m", "rev", Timings(), [{"value": {"data": b"x"}}], packed=True)
+ANSWER = Answer("embed", "m", "rev", Timings().model_dump(), [{"value": {"data": b"x"}}], packed=True)
 NOTHING_FOLLOWS: dict[str, Any] = {"callbacks": None, "errbacks": None, "chain": None, "chord": None}
 HEADERS: dict[str, Any] = {"group": None, "parent_id": None, "ignore_result": False, "stamps": {}, "reply_to": None}
 
