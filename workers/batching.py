@@ -90,6 +90,8 @@ class Ahead(NamedTuple):
     by_itself: bool
     #: More of its kind wait than one batch holds.
     more: bool
+    #: Of the item it is built around.
+    cost_tokens: int = 1
 
 
 class Batcher(Generic[T]):
@@ -124,10 +126,10 @@ class Batcher(Generic[T]):
             return None
         head = self._heads[lane][0][2]
         if head.alone or self._is_hurried(lane):
-            return Ahead(head.group.model, by_itself=True, more=False)
+            return Ahead(head.group.model, by_itself=True, more=False, cost_tokens=head.cost_tokens)
         line, limit = self._by_length[head.group, lane], budget(head.group.model)
         more = len(line) > limit.max_items or len(line) * line[-1][0] > limit.max_padded_tokens
-        return Ahead(head.group.model, by_itself=False, more=more)
+        return Ahead(head.group.model, by_itself=False, more=more, cost_tokens=head.cost_tokens)
 
     def take(
         self, budget: Callable[[str], Budget], brief: Callable[[str], Budget] | None = None, parts: int = 1

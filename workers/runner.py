@@ -127,8 +127,11 @@ class Runner(threading.Thread):
         ahead = self._admission.ahead()
         if ahead is None:
             return False, None
-        adapter = self._registry.model(ahead.model).adapter
+        model = self._registry.model(ahead.model)
+        adapter = model.adapter  # read once: another thread may let the model go
         crew = adapter.crew if adapter and not ahead.by_itself else None
+        if crew is not None and model.buffer_tokens and ahead.cost_tokens * crew.threads > model.buffer_tokens:
+            crew = None  # as many items of that length at a time would not fit in the inference buffer
         if crew is not None and (apart or ahead.more):
             return apart < crew.threads, crew
         return not apart, None

@@ -126,23 +126,23 @@ def test_ahead_is_what_take_takes_next() -> None:
     assert ahead() is None
     for number in range(3):
         batcher.add(Waiting(number, EMBED, 30, lane="bulk"))
-    assert ahead() == Ahead("minilm", by_itself=False, more=False)
+    assert ahead() == Ahead("minilm", by_itself=False, more=False, cost_tokens=30)
     batcher.add(Waiting(3, EMBED, 30, lane="bulk"))
-    assert ahead() == Ahead("minilm", by_itself=False, more=True), "too many items"
+    assert ahead() == Ahead("minilm", by_itself=False, more=True, cost_tokens=30), "too many items"
     batcher.add(Waiting(4, other, deadline_s=5.0))
     assert ahead() == Ahead("other", by_itself=False, more=False), "interactive first"
     batcher.add(Waiting(5, other, deadline_s=4.0, alone=True))
     assert ahead() == Ahead("other", by_itself=True, more=False)
     assert [batcher.take(lambda _: limits(3, 100)) is not None for _ in range(2)] == [True, True]
-    assert ahead() == Ahead("minilm", by_itself=True, more=False), "interactive items come"
+    assert ahead() == Ahead("minilm", by_itself=True, more=False, cost_tokens=30), "interactive items come"
 
 
 def test_ahead_counts_padding() -> None:
     batcher: Batcher[int] = Batcher()
     for number, tokens in enumerate((10, 10, 40)):
         batcher.add(Waiting(number, EMBED, tokens))
-    assert batcher.ahead(lambda _: limits(padded=120)) == Ahead("minilm", by_itself=False, more=False)
-    assert batcher.ahead(lambda _: limits(padded=119)) == Ahead("minilm", by_itself=False, more=True)
+    assert batcher.ahead(lambda _: limits(padded=120)) == Ahead("minilm", by_itself=False, more=False, cost_tokens=10)
+    assert batcher.ahead(lambda _: limits(padded=119)) == Ahead("minilm", by_itself=False, more=True, cost_tokens=10)
 
 
 def test_one_of_several_batches_at_a_time_holds_its_part_of_the_tokens() -> None:

@@ -211,6 +211,24 @@ def test_what_must_run_by_itself_waits_for_the_passes_apart_and_none_joins_it(be
     assert next(beside for one, beside in bench.passes.began if one is alone) == []
 
 
+def test_texts_that_the_inference_buffer_holds_one_at_a_time_run_by_themselves(bench: Bench) -> None:
+    bench.registry.model("m").buffer_tokens = 20
+    bench.submit(job("two fit", *texts(*range(4))))
+    with bench.running():
+        for one in bench.passes.wait_for(texts(0), texts(1)):
+            one.may_end.set()
+        for one in bench.passes.wait_for(texts(2), texts(3)):
+            one.may_end.set()
+        bench.events.wait("finished", "two fit")
+        long = [f"{text}+" for text in texts(0, 1, 2)]
+        bench.submit(job("one fits", *long))
+        for text in long:
+            [one] = bench.passes.wait_for([text])
+            assert one.thread == "runner-test"
+            one.may_end.set()
+        bench.events.wait("finished", "one fits")
+
+
 def test_bulk_in_a_hurry_runs_by_itself(bench: Bench) -> None:
     """Interactive texts come, and each waits for the pass that runs: it had better be over soon."""
     bench.passes.held = False
