@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, Self
 
 from cortex_tasks.config import FleetConfig
@@ -11,6 +12,7 @@ from cortex_tasks.errors import CortexError, InvalidInput
 from cortex_tasks.payloads import EmbedParams, Params
 from workers.adapters import Adapter, Item, LoadContext
 from workers.registry import Registry
+from workers.runner import Runner
 from workers.runtime import Job
 
 #: No test waits longer than this for another thread.
@@ -47,6 +49,19 @@ def ready(registry: Registry, alias: str, adapter: Adapter) -> None:
 
 def job(job_id: str, *inputs: Any, model: str = "m", **more: Any) -> Job:
     return Job(job_id, model, "embed", EmbedParams(), inputs, **more)
+
+
+@contextmanager
+def started(runner: Runner, let_go: Callable[[], None]) -> Iterator[None]:
+    """A runner that works within. ``let_go``: called at the end, for passes that a test holds up."""
+    runner.start()
+    try:
+        yield
+    finally:
+        let_go()
+        runner.stop()
+        runner.join(PATIENCE_S)
+        assert not runner.is_alive()
 
 
 class StubAdapter(Adapter):

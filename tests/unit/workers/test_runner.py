@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import pytest
 
 from cortex_tasks.errors import CortexError, InferenceFailed, PoisonJob
 from cortex_tasks.payloads import Params
-from tests.support.stub_models import PATIENCE_S, Listener, StubAdapter, fleet_of, job, ready, registry_of
+from tests.support.stub_models import PATIENCE_S, Listener, StubAdapter, fleet_of, job, ready, registry_of, started
 from tests.support.worker_process import poll_until
 from workers.adapters import Item
 from workers.runner import Runner
@@ -30,16 +30,8 @@ class Bench:
         for one in jobs:
             self.runner.submit(one)
 
-    @contextmanager
-    def running(self) -> Iterator[None]:
-        self.runner.start()
-        try:
-            yield
-        finally:
-            self.adapter.gate.set()
-            self.runner.stop()
-            self.runner.join(PATIENCE_S)
-            assert not self.runner.is_alive()
+    def running(self) -> AbstractContextManager[None]:
+        return started(self.runner, self.adapter.gate.set)
 
 
 def test_jobs_that_wait_share_a_pass_and_get_their_own_answers() -> None:

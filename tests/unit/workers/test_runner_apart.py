@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, suppress
 from typing import Any
 
 import pytest
@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from cortex_tasks.errors import CortexError, InferenceFailed, InvalidInput
 from cortex_tasks.payloads import Params
-from tests.support.stub_models import PATIENCE_S, Listener, StubAdapter, fleet_of, job, ready, registry_of
+from tests.support.stub_models import PATIENCE_S, Listener, StubAdapter, fleet_of, job, ready, registry_of, started
 from tests.support.worker_process import poll_until
 from workers.adapters import Crew, Item
 from workers.batching import BRIEF_AFTER
@@ -95,16 +95,8 @@ class Bench:
         for one in jobs:
             self.runner.submit(one)
 
-    @contextmanager
-    def running(self) -> Iterator[None]:
-        self.runner.start()
-        try:
-            yield
-        finally:
-            self.passes.let_all_end()
-            self.runner.stop()
-            self.runner.join(PATIENCE_S)
-            assert not self.runner.is_alive()
+    def running(self) -> AbstractContextManager[None]:
+        return started(self.runner, self.passes.let_all_end)
 
 
 @pytest.fixture
