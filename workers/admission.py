@@ -85,10 +85,6 @@ class Admission:
     def has_incoming(self) -> bool:
         return bool(self._incoming)
 
-    @property
-    def has_work(self) -> bool:
-        return bool(self._incoming) or len(self._line) > 0
-
     def ahead(self) -> Ahead | None:
         """What ``take`` would take; None when nothing is in line."""
         with self._line_lock:

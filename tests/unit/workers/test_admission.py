@@ -46,7 +46,8 @@ def test_jobs_of_one_group_are_prepared_in_one_call_and_line_up_together() -> No
     bench.admit(job("a", "one", "two"), job("b", "three"))
     assert bench.adapter.prepared == ["one", "two", "three"]
     assert bench.line() == [[("a", 0), ("a", 1), ("b", 0)]]
-    assert not bench.admission.has_work
+    assert not bench.admission.has_incoming
+    assert bench.admission.ahead() is None
 
 
 def test_a_refused_input_is_settled_and_its_neighbours_line_up() -> None:
