@@ -83,7 +83,7 @@ def _cut(text: str, length: int) -> str:
 class Envelope:
     """A message with holes: what the jobs of one kind and one client share, encoded once."""
 
-    __slots__ = ("_body_end", "_headers", "_options", "_properties", "lane", "limit_jobs", "queue")
+    __slots__ = ("_body_end", "_headers", "_options", "_properties", "keys", "lane", "limit_jobs", "queue", "target")
 
     def __init__(
         self,
@@ -101,6 +101,9 @@ class Envelope:
         self.lane = lane
         #: Jobs waiting in the queue beyond which a push is refused.
         self.limit_jobs = limit_jobs
+        #: The queue's lists, and which of them (from 1) the messages go to.
+        self.keys = queue_keys(queue)
+        self.target = self.keys.index(queue_key(queue, priority_of(lane))) + 1
         self._options = short_options(options)
         callbacks = dict.fromkeys(("callbacks", "errbacks", "chain", "chord"))
         self._body_end = f",{_encode(options)[1:]},{_encode(callbacks)}]"
@@ -158,11 +161,11 @@ def _static_properties(queue: str, lane: Lane, reply_to: str) -> dict[str, Any]:
     }
 
 
-def push_arguments(envelope: Envelope, messages: Sequence[bytes], *, partial: bool) -> tuple[list[str], list[Any]]:
+def push_arguments(
+    envelope: Envelope, messages: Sequence[bytes], *, partial: bool
+) -> tuple[Sequence[str], Sequence[Any]]:
     """KEYS and ARGV of PUSH_SCRIPT."""
-    keys = list(queue_keys(envelope.queue))
-    target = keys.index(queue_key(envelope.queue, priority_of(envelope.lane)))
-    return keys, [envelope.limit_jobs, target + 1, int(partial), *messages]
+    return envelope.keys, (envelope.limit_jobs, envelope.target, int(partial), *messages)
 
 
 def revoke_message(job_ids: Sequence[str], db: int = 0) -> tuple[str, bytes]:

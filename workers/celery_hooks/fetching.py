@@ -15,11 +15,12 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from typing import Any, Final, NamedTuple
 
 from redis.exceptions import NoScriptError, ResponseError
+
+from cortex_tasks.lines import packed
 
 __all__ = ["BULK_PRIORITY", "FETCH_SCRIPT", "WAIT_S", "Fetch", "Fetched", "Lists", "Wait"]
 
@@ -86,8 +87,7 @@ class Fetched(NamedTuple):
     raw: bytes
 
 
-@dataclass(frozen=True, slots=True)
-class Fetch:
+class Fetch(NamedTuple):
     """One call of the script: what it may take, and what its reply says."""
 
     lists: Lists
@@ -109,34 +109,38 @@ class Fetch:
         """All that it may give."""
         return [f"{self.tag_prefix}{number}" for number in range(self.room)]
 
-    def messages(self, reply: Sequence[Any]) -> Iterator[Fetched]:
+    def messages(self, reply: Sequence[Any]) -> list[Fetched]:
+        of = self.lists.of
+        found = []
         for at in range(0, len(reply), 3):
-            _, queue, priority = self.lists.of[reply[at]]
-            yield Fetched(queue, priority >= BULK_PRIORITY, reply[at + 1].decode(), reply[at + 2])
+            _, queue, priority = of[reply[at]]
+            found.append(Fetched(queue, priority >= BULK_PRIORITY, reply[at + 1].decode(), reply[at + 2]))
+        return found
 
 
 class Wait:
     """A connection that waits for one list, and takes messages when the wait ends."""
 
-    def __init__(self, key: str, connection: Any) -> None:
-        """``connection``: redis-py's, for nothing else."""
+    def __init__(self, key: str, connection: Any, unacked: Sequence[str]) -> None:
+        """``connection``: redis-py's, for nothing else; ``unacked``: kombu's hash and index."""
         self.key = key
         self.connection = connection
         connection.connect()
+        self._look = packed("BLMOVE", key, key, "RIGHT", "RIGHT", WAIT_S)
+        self._unacked = unacked
         #: Since when it waits (monotonic seconds); None: it does not.
         self.since_s: float | None = None
         #: What is taken when the wait ends; None: nothing, it is only a look.
         self.fetch: Fetch | None = None
 
-    def begin(self, fetch: Fetch | None, unacked: Sequence[str]) -> None:
-        commands: list[tuple[Any, ...]] = [("BLMOVE", self.key, self.key, "RIGHT", "RIGHT", WAIT_S)]
+    def begin(self, fetch: Fetch | None) -> None:
+        commands = self._look
         if fetch is not None:
-            keys = fetch.keys(unacked)
+            keys = fetch.keys(self._unacked)
             # The script may run as late as the wait ends: no lease is shorter for that.
             arguments = fetch.arguments(time.time() + WAIT_S)
-            commands.append(("EVALSHA", _FETCH_SHA, len(keys), *keys, *arguments))
-        connection = self.connection
-        connection.send_packed_command(connection.pack_commands(commands), check_health=False)
+            commands += packed("EVALSHA", _FETCH_SHA, len(keys), *keys, *arguments)
+        self.connection.send_packed_command([commands], check_health=False)
         self.fetch, self.since_s = fetch, time.monotonic()
 
     def end(self) -> tuple[list[Fetched], bool, ResponseError | None]:
@@ -150,7 +154,7 @@ class Wait:
         more = True
         if self.fetch is not None:
             try:
-                taken = list(self.fetch.messages(self.connection.read_response()))
+                taken = self.fetch.messages(self.connection.read_response())
                 more = len(taken) == self.fetch.room
             except NoScriptError:
                 pass

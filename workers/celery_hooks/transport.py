@@ -12,6 +12,7 @@ import logging
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
+from functools import partial
 from itertools import count
 from typing import Any, Final
 from uuid import uuid4
@@ -60,12 +61,14 @@ class CortexChannel(kombu_redis.Channel):
         self._tag_prefix = f"{uuid4().hex[:16]}-"
         self._commands: Any = None
         self._fetch_script: Any = None
-        #: Keys and priorities of the lists to wait for, and the waits by their keys.
-        self._waited: list[tuple[str, int]] = []
+        #: Keys and priorities of the lists to wait for.
+        self.waited: list[tuple[str, int]] = []
+        #: By their lists' keys.
         self._waits: dict[str, Wait] = {}
         #: Whether lists may hold messages that no wait would tell of.
         self._may_be_more = True
-        self._lists = Lists(())
+        #: By the queues' order of service.
+        self._lists: dict[tuple[str, ...], Lists] = {}
         #: Monotonic seconds before which nothing is fetched.
         self._resume_at_s = 0.0
         #: Who got the last message to many (a fanout exchange's); None while that is not known.
@@ -98,7 +101,8 @@ class CortexChannel(kombu_redis.Channel):
 
     def fetch_or_wait(self, loop: Any) -> None:
         """Called before each poll while there is room: take what there is, and see that all lists are waited for."""
-        if not self._not_waited_for():
+        room, bulk_room = self._rooms()
+        if not self._not_waited_for(bulk_room):
             self._drop_overdue()
             return
         if time.monotonic() < self._resume_at_s:
@@ -106,11 +110,12 @@ class CortexChannel(kombu_redis.Channel):
         try:
             # Until the lists are empty or the worker is full. A list that still holds something ends its wait at once.
             for _ in range(_FETCHES_A_TURN):
-                if not self._may_be_more or not self._room():
+                if not self._may_be_more or not room:
                     break
-                self._may_be_more = self._fetch()
-            self._wait(loop)
-            if not self._room() or not self._bulk_room():
+                self._may_be_more = self._fetch(room, bulk_room)
+                room, bulk_room = self._rooms()
+            room, bulk_room = self._wait(loop, room, bulk_room)
+            if not room or not bulk_room:
                 # Then some lists have no wait that would tell.
                 self._may_be_more = True
         except ResponseError as error:
@@ -121,17 +126,16 @@ class CortexChannel(kombu_redis.Channel):
         self._resume_at_s = time.monotonic() + _BACK_OFF_S
         logger.warning("Redis refuses to hand out messages: %s; trying again", error)
 
-    def _fetch(self) -> bool:
+    def _fetch(self, room: int, bulk_room: int) -> bool:
         """Take messages and deliver them; returns whether there may be more."""
-        room = self._room()
-        fetch = self._plan(room, min(self._bulk_room(), room))
+        fetch = self._plan(room, min(bulk_room, room))
         if not fetch.lists.of:
             return False
         if self._fetch_script is None:
             with self.conn_or_acquire() as client:
                 self._fetch_script = client.register_script(FETCH_SCRIPT)
         reply = self._fetch_script(keys=fetch.keys(self._unacked), args=fetch.arguments(time.time()))
-        taken = list(fetch.messages(reply))
+        taken = fetch.messages(reply)
         self._take(taken)
         return len(taken) == room
 
@@ -140,11 +144,12 @@ class CortexChannel(kombu_redis.Channel):
         return self.unacked_key, self.unacked_index_key
 
     def _plan(self, room: int, bulk_room: int) -> Fetch:
-        queues = self._queue_cycle.consume(len(self.active_queues))
-        of = [(self._q_for_pri(queue, step), queue, step) for step in self.priority_steps for queue in queues]
-        if self._lists.of != of:
-            self._lists = Lists(of)
-        return Fetch(self._lists, f"{self._tag_prefix}{next(self._fetches)}-", room, bulk_room)
+        queues = tuple(self._queue_cycle.items)
+        lists = self._lists.get(queues)
+        if lists is None:
+            of = [(self._q_for_pri(queue, step), queue, step) for step in self.priority_steps for queue in queues]
+            lists = self._lists[queues] = Lists(of)
+        return Fetch(lists, f"{self._tag_prefix}{next(self._fetches)}-", room, bulk_room)
 
     def _take(self, taken: Sequence[Fetched]) -> None:
         for queue, is_bulk, tag, raw in taken:
@@ -154,24 +159,21 @@ class CortexChannel(kombu_redis.Channel):
         if taken:
             self._queue_cycle.rotate(taken[-1].queue)
 
-    def _room(self) -> int:
-        """How many more messages this worker may take, beside those that waits were promised."""
-        room = self.qos.can_consume_max_estimate()
+    def _rooms(self) -> tuple[int, int]:
+        """How many more messages this worker may take, beside those that waits were promised, and how many of bulk."""
+        qos = self.qos
+        room = qos.can_consume_max_estimate()
         if room is None:
-            return _FETCH_MAX
-        return int(min(max(0, room - sum(fetch.room for fetch in self._promises())), _FETCH_MAX))
-
-    def _bulk_room(self) -> int:
-        """The same of bulk messages."""
-        prefetch = self.qos.prefetch_count
-        if not prefetch:
-            return _FETCH_MAX
+            return _FETCH_MAX, _FETCH_MAX
+        promised = self._promises()
+        room = max(0, room - sum([fetch.room for fetch in promised]))
+        prefetch = qos.prefetch_count
         share = max(1, prefetch - max(1, round(prefetch * _INTERACTIVE_SHARE)))
-        held: set[str] = self.qos.bulk
-        return int(max(0, share - len(held) - sum(fetch.bulk_room for fetch in self._promises())))
+        bulk_room = max(0, share - len(qos.bulk) - sum([fetch.bulk_room for fetch in promised]))
+        return min(room, _FETCH_MAX), bulk_room
 
-    def _promises(self) -> Iterator[Fetch]:
-        return (wait.fetch for wait in self._waits.values() if wait.fetch is not None)
+    def _promises(self) -> list[Fetch]:
+        return [wait.fetch for wait in self._waits.values() if wait.fetch is not None]
 
     def _deliver(self, queue: str, tag: str, raw: bytes) -> None:
         """Hand a message to its consumer. One that breaks its reading is parked: its neighbours come through."""
@@ -196,46 +198,51 @@ class CortexChannel(kombu_redis.Channel):
 
     def _update_queue_cycle(self) -> None:
         super()._update_queue_cycle()
+        self._lists = {}
         queues = self.active_queues
-        self._waited = [(self._q_for_pri(queue, step), step) for step in _WAITED_PRIORITIES for queue in queues]
+        self.waited = [(self._q_for_pri(queue, step), step) for step in _WAITED_PRIORITIES for queue in queues]
         # A wait takes from the queues that were consumed when it began.
         self._close_waits()
         self._may_be_more = True
 
-    def _waits_for(self, key: str) -> bool:
-        wait = self._waits.get(key)
-        return wait is not None and wait.since_s is not None
-
-    def _not_waited_for(self) -> list[tuple[str, int]]:
+    def _not_waited_for(self, bulk_room: int) -> list[tuple[str, int]]:
         """The lists, and their priority, to begin a wait for: those of bulk only while there is room for it."""
-        missing = [(key, priority) for key, priority in self._waited if not self._waits_for(key)]
-        if missing and not self._bulk_room():
-            return [(key, priority) for key, priority in missing if priority < BULK_PRIORITY]
-        return missing
+        waits = self._waits
+        return [
+            (key, priority)
+            for key, priority in self.waited
+            if (bulk_room or priority < BULK_PRIORITY) and (key not in waits or waits[key].since_s is None)
+        ]
 
-    def _wait(self, loop: Any) -> None:
-        """Begin a wait for each list that has none, and let the loop tell when it ends."""
-        for key, priority in self._not_waited_for():
-            if not self._room():
+    def _wait(self, loop: Any, room: int, bulk_room: int) -> tuple[int, int]:
+        """Begin a wait for each list that has none, and let the loop tell when it ends; returns the room that is left.
+
+        What is promised to waits is as good as taken.
+        """
+        most = self._promised_most(len(self.waited))
+        for key, priority in self._not_waited_for(bulk_room):
+            if not room:
                 # The rest is promised to waits that stand. A look would end at once, again and again.
                 break
             wait = self._waits.get(key)
             if wait is None:
                 # Not of the pool: its size is for commands, these stay for good.
                 connection = self.pool.connection_class(**self.pool.connection_kwargs)
-                wait = self._waits[key] = Wait(key, connection)
+                wait = self._waits[key] = Wait(key, connection, self._unacked)
                 loop.add_reader(connection._sock, self._on_wait_over, key)
-            wait.begin(self._promise(priority, len(self._waited)), self._unacked)
+            is_bulk = priority >= BULK_PRIORITY
+            promised = min(most, room, bulk_room) if is_bulk else min(most, room)
+            promised_bulk = promised if is_bulk else 0
+            # A room too small to divide: a wait that only looks.
+            wait.begin(self._plan(promised, promised_bulk) if promised else None)
+            if self.qos.prefetch_count:
+                room, bulk_room = room - promised, bulk_room - promised_bulk
+        return room, bulk_room
 
-    def _promise(self, priority: int, waits: int) -> Fetch | None:
-        """What one of so many waits may take when it ends; None where the room is too small to divide."""
+    def _promised_most(self, waits: int) -> int:
+        """What one of so many waits may take when it ends."""
         prefetch = self.qos.prefetch_count
-        most = int(prefetch * _PROMISED_SHARE) // waits if prefetch else _PROMISED_MAX
-        room = min(most, _PROMISED_MAX, self._room())
-        if priority < BULK_PRIORITY:
-            return self._plan(room, 0) if room else None
-        room = min(room, self._bulk_room())
-        return self._plan(room, room) if room else None
+        return min(int(prefetch * _PROMISED_SHARE) // waits, _PROMISED_MAX) if prefetch else _PROMISED_MAX
 
     def _on_wait_over(self, key: str) -> None:
         """A list holds something, or the wait timed out."""
@@ -264,7 +271,7 @@ class CortexChannel(kombu_redis.Channel):
 
     def _close_waits(self) -> None:
         """End all waits. What one of them took and nobody has read goes back to its queue."""
-        promises = list(self._promises())
+        promises = self._promises()
         waits, self._waits = self._waits, {}
         for wait in waits.values():
             self.connection.cycle.forget(wait.connection)
@@ -288,17 +295,18 @@ class CortexPoller(kombu_redis.MultiChannelPoller):
     loop: Any = None
 
     def on_poll_start(self) -> None:
-        if self.loop is not None:
-            # Of every channel: one that consumes no queue any more still acknowledges.
-            for channel in self._channels:
-                channel.qos.flush_acks()
-        super().on_poll_start()
-
-    def _register_BRPOP(self, channel: CortexChannel) -> None:  # noqa: N802 (kombu's name)
+        """Stock, less what only matters where BRPOP is used. Called before each poll."""
         if self.loop is None:
-            super()._register_BRPOP(channel)
-        else:
-            channel.fetch_or_wait(self.loop)
+            super().on_poll_start()
+            return
+        for channel in self._channels:
+            # One that consumes no queue any more still acknowledges.
+            channel.qos.flush_acks()
+            if channel.waited and channel.qos.can_consume():
+                channel.fetch_or_wait(self.loop)
+            # None once its connection is lost.
+            if channel.active_fanout_queues and not channel._in_listen:
+                self._register_LISTEN(channel)
 
     def forget(self, connection: Any) -> None:
         """Take a waiting connection out of the event loop."""
@@ -318,7 +326,19 @@ class CortexTransport(kombu_redis.Transport):
         self.cycle.loop = loop
         # A hub that was reset after a connection was lost is nobody's any more; events ask for it (see ``events``).
         set_event_loop(loop)
+        others = set(loop.on_tick)
         super().register_with_event_loop(connection, loop)
+        # kombu's own tick adds its sockets to the poller anew each time, which refuses each of them.
+        loop.on_tick &= others
+        loop.on_tick.add(partial(self._on_tick, loop))
+
+    def _on_tick(self, loop: Any) -> None:
+        self.cycle.on_poll_start()
+        readers = loop.readers
+        for fd in self.cycle.fds:
+            # A new socket is in the poller already, by ``_register``, perhaps under the number of one that was closed.
+            if fd not in readers or readers[fd][1] != (fd,):
+                loop.add_reader(fd, self.on_readable, fd)
 
 
 def register_transport() -> str:

@@ -133,7 +133,7 @@ def test_waiting_takes_nothing_and_keeps_the_order(worker: Consuming, client: An
 
 def without_fetching(worker: Consuming, monkeypatch: pytest.MonkeyPatch) -> None:
     """From now on nothing arrives but what waits take."""
-    monkeypatch.setattr(worker.channel, "_fetch", lambda: pytest.fail("fetched"))
+    monkeypatch.setattr(worker.channel, "_fetch", lambda *_: pytest.fail("fetched"))
 
 
 def recorded(client: Any) -> int:
