@@ -10,13 +10,18 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections.abc import Sequence
-from typing import Any, cast
+from typing import Any, Final, cast
 
 import redis
 from hiredis import pack_command
 from redis.exceptions import NoScriptError
 
+from cortex_tasks.loop_line import Pipe
+
 __all__ = ["AsyncScriptLine", "ScriptLine", "packed"]
+
+#: Commands of one connection that are under way at once.
+_UNDER_WAY: Final = 16
 
 
 def packed(*command: str | bytes | int | float) -> bytes:
@@ -86,61 +91,64 @@ class ScriptLine:
 
 
 class AsyncScriptLine:
-    """For the coroutines of one event loop.
+    """For the coroutines of one event loop, several of which may be under way at once.
 
-    ``client``: a ``redis.asyncio`` client, whose settings count; one without a ``socket_timeout``, since redis-py
-    starts a task for it at every command. ``timeout_s``: how long a command may take instead.
+    ``client``: a ``redis.asyncio`` client, whose settings count. ``timeout_s``: how long a command may take.
     """
 
     def __init__(self, client: Any, script: str, timeout_s: float) -> None:
+        self._client = client
         self._script = client.register_script(script)
-        self._pool = client.connection_pool
         self._timeout_s = timeout_s
-        self._connection: Any = None
-        self._taken = False
+        self._pipe: Pipe | None = None
+        self._opening = asyncio.Lock()
         self._closed = False
 
     @property
     def taken(self) -> bool:
-        return self._taken
+        """Whether another command would have to wait long for its turn."""
+        pipe = self._pipe
+        return pipe is not None and (len(pipe) >= _UNDER_WAY or pipe.congested)
 
     async def run(self, keys: Sequence[Any], args: Sequence[Any]) -> Any:
-        """What the script returns. Raises what redis-py raises; a connection that was lost is tried once more.
-
-        For one coroutine at a time: see ``taken``.
-        """
-        assert not self._taken
-        self._taken = True
+        """What the script returns. Raises what redis-py raises; a connection that was lost is tried once more."""
+        until_s = asyncio.get_running_loop().time() + self._timeout_s
         try:
-            if self._connection is None and not self._closed:
-                # Has time-outs of its own.
-                self._connection = await self._pool.get_connection()
-            async with asyncio.timeout(self._timeout_s):
-                try:
-                    return await self._try_twice(_by_name(self._script, keys, args))
-                except NoScriptError:
-                    return await self._try_twice(_by_text(self._script, keys, args))
-        except TimeoutError:
-            raise redis.TimeoutError(f"no answer within {self._timeout_s:g} s") from None
-        finally:
-            self._taken = False
+            try:
+                return await self._try_twice(_by_name(self._script, keys, args), until_s)
+            except NoScriptError:
+                return await self._try_twice(_by_text(self._script, keys, args), until_s)
+        except redis.TimeoutError as error:
+            raise redis.TimeoutError(f"no answer within {self._timeout_s:g} s") from error
 
-    async def _try_twice(self, command: bytes) -> Any:
+    async def _try_twice(self, command: bytes, until_s: float) -> Any:
         try:
-            return await self._call(command)
+            return await self._call(command, until_s)
         except redis.ConnectionError:
-            return await self._call(command)
+            return await self._call(command, until_s)
 
-    async def _call(self, command: bytes) -> Any:
-        if self._closed:
-            raise redis.ConnectionError("the client was closed")
-        # It connects anew by itself, and leaves no answer unread: whatever goes wrong disconnects it.
-        await self._connection.send_packed_command(command)
-        return await self._connection.read_response()
+    async def _call(self, command: bytes, until_s: float) -> Any:
+        pipe = self._pipe
+        if pipe is None or pipe.lost is not None:
+            pipe = await self._open()
+        return await pipe.ask(command, until_s)
+
+    async def _open(self) -> Pipe:
+        async with self._opening:
+            if self._closed:
+                raise redis.ConnectionError("the client was closed")
+            if self._pipe is not None and self._pipe.lost is not None:
+                lost, self._pipe = self._pipe, None
+                await lost.close()
+            if self._pipe is None:
+                # Has time-outs of its own.
+                self._pipe = await Pipe.open(self._client)
+            return self._pipe
 
     async def close(self) -> None:
-        """Give the connection back, for good."""
+        """End the connection, for good."""
         self._closed = True
-        connection, self._connection = self._connection, None
-        if connection is not None:
-            await self._pool.release(connection)
+        async with self._opening:
+            pipe, self._pipe = self._pipe, None
+        if pipe is not None:
+            await pipe.close()

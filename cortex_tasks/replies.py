@@ -14,7 +14,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any, Final
 from weakref import WeakValueDictionary
 
@@ -311,8 +311,12 @@ class Replies:
 
 
 class AsyncReplies:
-    """The subscription of an ``AsyncCortex`` and the task that reads it; see ``Replies``."""
+    """The subscription of an ``AsyncCortex``, and the task that polls; see ``Replies``.
 
+    What an announcement carries is given to whoever waits for it at once, in the turn of the loop in which it came.
+    """
+
+    #: The longest the task sleeps while answers are awaited, so that a new ticket's first poll is not late.
     _NAP_S = 0.05
 
     def __init__(self, wire: AsyncWire, channel: str, clock: Callable[[], float] = time.monotonic) -> None:
@@ -321,8 +325,14 @@ class AsyncReplies:
         self._clock = clock
         self._book = Book()
         self._starting = asyncio.Lock()
-        self._wanted = asyncio.Event()
+        #: Something for the task to do before its time.
+        self._news = asyncio.Event()
+        #: The task sleeps until there are news.
+        self._idle = False
         self._task: asyncio.Task[None] | None = None
+        #: Announced, and to be fetched.
+        self._announced: list[str] = []
+        self._lost: BrokerUnavailable | None = None
         self.down: BrokerUnavailable | None = None
 
     async def watch(self, tickets: Iterable[Ticket]) -> None:
@@ -330,11 +340,12 @@ class AsyncReplies:
         if self._task is None or self._task.done():
             async with self._starting:
                 if self._task is None or self._task.done():
-                    await self._wire.listen(self._channel)
+                    await self._listen()
                     self.down = None
                     self._task = asyncio.create_task(self._run(), name="cortex-replies")
         self._book.add(tickets, self._clock())
-        self._wanted.set()
+        if self._idle:
+            self._news.set()
 
     def forget(self, tickets: Sequence[Ticket]) -> None:
         """Await these no longer."""
@@ -351,20 +362,31 @@ class AsyncReplies:
 
     async def close(self) -> None:
         """End the task."""
-        if self._task is not None:
-            self._task.cancel()
-            await asyncio.gather(self._task, return_exceptions=True)
-            self._task = None
+        task, self._task = self._task, None
+        while task is not None and not task.done():
+            task.cancel()
+            # Python 3.11's wait_for, which redis-py uses, loses a cancellation that comes as what it awaits is done.
+            await asyncio.wait({task}, timeout=FIRST_POLL_S)
+
+    async def _listen(self) -> None:
+        self._lost = None
+        await self._wire.listen(self._channel, self._on_heard, self._on_lost)
+
+    def _on_heard(self, jobs: Iterable[codec.Heard]) -> None:
+        self._announced += self._book.heard(jobs, self._clock())
+        if self._announced:
+            self._news.set()
+
+    def _on_lost(self, error: BrokerUnavailable) -> None:
+        self._lost = error
+        self._news.set()
 
     async def _run(self) -> None:
         pause_s = FIRST_POLL_S
         while True:
-            if not len(self._book):
-                self._wanted.clear()
-                await self._wanted.wait()
             try:
                 if self.down is not None:
-                    await self._wire.listen(self._channel)
+                    await self._listen()
                     self._book.poll_now()
                 await self._turn()
                 self.down, pause_s = None, FIRST_POLL_S
@@ -374,11 +396,23 @@ class AsyncReplies:
                 pause_s = min(pause_s * 2, LONGEST_POLL_S)
 
     async def _turn(self) -> None:
-        wait_s = self._book.wait_s(self._clock())
-        heard = await self._wire.receive(min(wait_s, self._NAP_S))
-        now = self._clock()
-        announced, due = self._book.heard(heard, now), self._book.due(now)
-        for ids, was_announced in ((announced, True), (due, False)):
+        await self._rest()
+        if self._lost is not None:
+            raise self._lost
+        announced, self._announced = self._announced, []
+        for ids, was_announced in ((announced, True), (self._book.due(self._clock()), False)):
             for chunk in _chunks(ids):
                 raws = await self._wire.fetch(chunk)
                 self._book.received(chunk, raws, self._clock(), announced=was_announced)
+
+    async def _rest(self) -> None:
+        """Until there is something to do: news, or answers to poll for."""
+        self._news.clear()
+        if self._announced or self._lost is not None:
+            return
+        self._idle = not len(self._book)
+        nap_s = None if self._idle else min(self._book.wait_s(self._clock()), self._NAP_S)
+        with suppress(TimeoutError):
+            async with asyncio.timeout(nap_s):
+                await self._news.wait()
+        self._idle = False

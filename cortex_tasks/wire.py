@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import logging
 import time
-from asyncio import sleep
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Final, Protocol
 
@@ -28,7 +27,8 @@ from redis.exceptions import (
 from cortex_tasks.codec import Heard, queue_keys, read_reply, result_key
 from cortex_tasks.config import Settings, mask_url
 from cortex_tasks.errors import BrokerUnavailable, ConfigError
-from cortex_tasks.lines import AsyncScriptLine, ScriptLine
+from cortex_tasks.lines import AsyncScriptLine, ScriptLine, packed
+from cortex_tasks.loop_line import Subscription
 from cortex_tasks.presence import WORKERS_KEY, WorkerCard, parse_cards, read_cards, worker_key
 from cortex_tasks.publish import PUSH_SCRIPT, Envelope, push_arguments, revoke_message
 
@@ -43,6 +43,8 @@ _log = logging.getLogger(__name__)
 COMMAND_TIMEOUT_S: Final = 4.0
 #: Connections of one AsyncCortex; more commands at once wait for one of them.
 ASYNC_CONNECTIONS: Final = 16
+#: How often a silent subscription is asked whether it still stands.
+_CHECK_S: Final = 15.0
 
 
 class Wire(Protocol):
@@ -80,12 +82,16 @@ class Wire(Protocol):
 
 
 class AsyncWire(Protocol):
-    """``Wire``, as coroutines of one event loop."""
+    """``Wire``, as coroutines of one event loop, which is told what it need not ask for."""
 
     async def push(self, envelope: Envelope, messages: Sequence[bytes], *, partial: bool) -> tuple[int, int]: ...
     async def fetch(self, job_ids: Sequence[str]) -> list[bytes | None]: ...
-    async def listen(self, channel: str) -> None: ...
-    async def receive(self, timeout_s: float) -> list[Heard]: ...
+    async def listen(
+        self, channel: str, heard: Callable[[list[Heard]], None], lost: Callable[[BrokerUnavailable], None]
+    ) -> None:
+        """Subscribe, on a connection of its own. ``heard`` is called with finished jobs as they are announced, in the
+        loop; ``lost`` once, when none will be any more."""
+
     async def unlisten(self) -> None: ...
     async def revoke(self, job_ids: Sequence[str]) -> None: ...
     async def cards(self) -> list[WorkerCard]: ...
@@ -265,13 +271,11 @@ class AsyncRedisWire:
                 BlockingConnectionPool.from_url(self._results_url, **_client_options(settings, once), **pool)
             )
             self._listener = Redis.from_url(self._results_url, **_client_options(settings, never))
-            self._publisher = Redis.from_url(
-                self._broker_url, **{**_client_options(settings, never), "socket_timeout": None}
-            )
+            self._publisher = Redis.from_url(self._broker_url, **_client_options(settings, never))
         self._push = self._broker.register_script(PUSH_SCRIPT)
         self._line = AsyncScriptLine(self._publisher, PUSH_SCRIPT, COMMAND_TIMEOUT_S)
         self._db = int(self._broker.get_connection_kwargs().get("db", 0))
-        self._pubsub: Any = None
+        self._subscription: Subscription | None = None
 
     async def push(self, envelope: Envelope, messages: Sequence[bytes], *, partial: bool) -> tuple[int, int]:
         keys, args = push_arguments(envelope, messages, partial=partial)
@@ -285,26 +289,26 @@ class AsyncRedisWire:
             found = await self._results.mget([result_key(job_id) for job_id in job_ids])
         return list(found)
 
-    async def listen(self, channel: str) -> None:
+    async def listen(
+        self, channel: str, heard: Callable[[list[Heard]], None], lost: Callable[[BrokerUnavailable], None]
+    ) -> None:
         await self.unlisten()
-        with _reaching(self._results_url), _no_permission(channel):
-            pubsub = self._listener.pubsub()
-            await pubsub.subscribe(channel)
-            await pubsub.get_message(timeout=COMMAND_TIMEOUT_S)
-            self._pubsub = pubsub
-
-    async def receive(self, timeout_s: float) -> list[Heard]:
-        if self._pubsub is None:
-            await sleep(timeout_s)
-            return []
-        with _reaching(self._results_url):
-            message = await self._pubsub.get_message(timeout=timeout_s)
-        return _announced(message) if message is not None else []
+        url = self._results_url
+        with _reaching(url), _no_permission(channel):
+            line = await Subscription.open(
+                self._listener, lambda message: heard(read_reply(message)), lambda error: lost(unavailable(url, error))
+            )
+            try:
+                await line.begin(packed("SUBSCRIBE", channel), COMMAND_TIMEOUT_S, _CHECK_S)
+            except BaseException:
+                await line.close()
+                raise
+            self._subscription = line
 
     async def unlisten(self) -> None:
-        if self._pubsub is not None:
-            pubsub, self._pubsub = self._pubsub, None
-            await pubsub.aclose()
+        if self._subscription is not None:
+            subscription, self._subscription = self._subscription, None
+            await subscription.close()
 
     async def revoke(self, job_ids: Sequence[str]) -> None:
         channel, message = revoke_message(job_ids, self._db)

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import queue
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from cortex_tasks.codec import Heard
+from cortex_tasks.errors import BrokerUnavailable
 from cortex_tasks.presence import WorkerCard
 from cortex_tasks.publish import Envelope
 
@@ -56,7 +57,6 @@ class AsyncMemoryWire:
 
     def __init__(self, fleet: LocalFleet) -> None:
         self._fleet = fleet
-        self._heard: asyncio.Queue[list[str]] = asyncio.Queue()
         self._channel = ""
 
     async def push(self, envelope: Envelope, messages: Sequence[bytes], *, partial: bool) -> tuple[int, int]:
@@ -65,21 +65,17 @@ class AsyncMemoryWire:
     async def fetch(self, job_ids: Sequence[str]) -> list[bytes | None]:
         return self._fleet.fetch(job_ids)
 
-    async def listen(self, channel: str) -> None:
+    async def listen(
+        self, channel: str, heard: Callable[[list[Heard]], None], lost: Callable[[BrokerUnavailable], None]
+    ) -> None:
         loop, self._channel = asyncio.get_running_loop(), channel
 
-        def heard(ids: list[str]) -> None:
+        def tell(ids: list[str]) -> None:
             # Answers may come from whichever thread called release().
-            loop.call_soon_threadsafe(self._heard.put_nowait, ids)
+            jobs: list[Heard] = [(job_id, None) for job_id in ids]
+            loop.call_soon_threadsafe(heard, jobs)
 
-        self._fleet.listen(channel, heard)
-
-    async def receive(self, timeout_s: float) -> list[Heard]:
-        self._fleet.reach()
-        try:
-            return [(job_id, None) for job_id in await asyncio.wait_for(self._heard.get(), timeout_s)]
-        except TimeoutError:
-            return []
+        self._fleet.listen(channel, tell)
 
     async def unlisten(self) -> None:
         self._fleet.unlisten(self._channel)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
+import time
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import Any
@@ -145,18 +146,42 @@ async def test_async_a_line_that_is_closed_meanwhile_opens_no_connection(async_c
     asked = asyncio.create_task(line.run([], ["b", 100_000]))
     await asyncio.sleep(0.02)
     await line.close()
-    await asyncio.gather(asked, return_exceptions=True)
-    assert line._connection is None
+    with pytest.raises(redis.ConnectionError, match="closed"):
+        await asked
+    assert line._pipe is None
 
 
-async def test_async_it_says_when_it_is_taken(async_client: Any) -> None:
+async def test_async_many_at_once_get_their_own_answers_until_it_is_taken(async_client: Any, client: Any) -> None:
     line = AsyncScriptLine(async_client, SCRIPT, 5.0)
-    asked = asyncio.create_task(line.run(["n"], ["a"]))
+    words = [str(n).encode() for n in range(64)]
+    assert await line.run(["n"], ["first"]) == b"first"
+    asked = [asyncio.create_task(line.run(["n"], [word])) for word in words]
+    assert not line.taken
     await asyncio.sleep(0)
-    taken = [line.taken]
-    assert await asked == b"a"
-    taken.append(line.taken)
-    assert taken == [True, False]
+    assert line.taken
+    assert await asyncio.gather(*asked) == words
+    assert not line.taken
+    assert client.get("n") == b"65"
+    await line.close()
+
+
+async def test_async_a_line_with_much_to_send_is_taken(async_client: Any) -> None:
+    line = AsyncScriptLine(async_client, SLOW, 20.0)
+    held = asyncio.create_task(line.run([], ["held", 300_000]))
+    while line._pipe is None:
+        await asyncio.sleep(0)
+    large = asyncio.create_task(line.run([], ["large", 0, b"x" * 64_000_000]))
+    await asyncio.sleep(0.05)
+    assert line.taken
+    assert await asyncio.gather(held, large) == [b"held", b"large"]
+    await line.close()
+
+
+async def test_async_a_refusal_is_the_callers_own(async_client: Any, client: Any) -> None:
+    client.set("text", "no number")
+    line = AsyncScriptLine(async_client, SCRIPT, 5.0)
+    found = await asyncio.gather(*(line.run([key], [key]) for key in ("a", "text", "b")), return_exceptions=True)
+    assert [found[0], type(found[1]), found[2]] == [b"a", redis.ResponseError, b"b"]
     await line.close()
 
 
@@ -178,8 +203,20 @@ async def test_async_a_cancelled_call_leaves_no_answer_behind(async_client: Any)
     asked.cancel()
     with pytest.raises(asyncio.CancelledError):
         await asked
-    assert not line.taken
     assert [await line.run([], [word, 0]) for word in ("b", "c")] == [b"b", b"c"]
+    await line.close()
+
+
+async def test_async_who_is_behind_a_late_answer_gets_his_own_or_an_error_in_time(async_client: Any) -> None:
+    line = AsyncScriptLine(async_client, SLOW, 0.3)
+    await line.run([], ["a", 0])
+    began_s = time.monotonic()
+    asked = [line.run([], ["late", 2_000_000]), *(line.run([], [f"{n}", 0]) for n in range(5))]
+    found = await asyncio.gather(*asked, return_exceptions=True)
+    assert time.monotonic() - began_s < 1.5
+    assert all(isinstance(one, redis.TimeoutError) for one in found)
+    await async_client.ping()
+    assert await line.run([], ["b", 0]) == b"b"
     await line.close()
 
 

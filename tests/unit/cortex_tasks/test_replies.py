@@ -227,10 +227,14 @@ class FakeAsyncWire:
 
     def __init__(self, wire: FakeWire) -> None:
         self._wire = wire
+        self.tell: Callable[[list[Heard]], None]
+        self.lose: Callable[[BrokerUnavailable], None]
 
-    async def receive(self, timeout_s: float) -> list[Heard]:
-        await asyncio.sleep(0)
-        return self._wire.receive(0.0)
+    async def listen(
+        self, channel: str, heard: Callable[[list[Heard]], None], lost: Callable[[BrokerUnavailable], None]
+    ) -> None:
+        self._wire.listen(channel)
+        self.tell, self.lose = heard, lost
 
     def __getattr__(self, name: str) -> Callable[..., Any]:
         async def call(*args: Any) -> Any:
@@ -307,15 +311,19 @@ def test_a_closed_one_starts_again_when_needed(wire: FakeWire) -> None:
 
 
 async def test_the_task_hears_polls_and_mends_too(wire: FakeWire) -> None:
-    replies = AsyncReplies(FakeAsyncWire(wire), "me")  # type: ignore[arg-type]
-    first, second, third = LoopTicket("a"), LoopTicket("b"), LoopTicket("c")
-    await replies.watch([first, second, third])
+    over = FakeAsyncWire(wire)
+    replies = AsyncReplies(over, "me")  # type: ignore[arg-type]
+    carried, first, second, third = (LoopTicket(name) for name in ("carried", "a", "b", "c"))
+    await replies.watch([carried, first, second, third])
+    over.tell([("carried", DONE)])
+    assert carried.outcome, "at once, in the same turn"
     wire.stored["a"] = DONE
-    wire.heard.append("a")
+    over.tell([("a", None), ("stranger", None)])
     assert await first.wait(5)
     wire.stored["b"] = DONE
     assert await second.wait(5)
     wire.down = True
+    over.lose(BrokerUnavailable("gone"))
     async with asyncio.timeout(5):
         while replies.down is None:
             await asyncio.sleep(0)
@@ -324,6 +332,25 @@ async def test_the_task_hears_polls_and_mends_too(wire: FakeWire) -> None:
     assert await third.wait(5)
     await replies.close()
     assert wire.listened == 2
+
+
+async def test_the_task_of_an_idle_client_sleeps_until_it_is_wanted(wire: FakeWire) -> None:
+    over = FakeAsyncWire(wire)
+    replies = AsyncReplies(over, "me")  # type: ignore[arg-type]
+    for name in ("a", "b"):
+        ticket = LoopTicket(name)
+        await replies.watch([ticket])
+        wire.stored[name] = DONE
+        over.tell([(name, None)])
+        assert await ticket.wait(5)
+        async with asyncio.timeout(5):
+            while not replies._idle:
+                await asyncio.sleep(0)
+    fetched = len(wire.fetched)
+    for _ in range(100):
+        await asyncio.sleep(0)
+    assert len(wire.fetched) == fetched
+    await replies.close()
 
 
 async def test_a_cancelled_wait_leaves_nothing_behind() -> None:
