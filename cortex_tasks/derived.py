@@ -12,6 +12,7 @@ the first ``dimensions`` numbers are kept, then they are scaled to length 1, the
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
@@ -80,7 +81,12 @@ def made(form: Form, values: Sequence[Mapping[str, Any]], model: str) -> list[di
     for first, last in _runs([value["data"] for value in values]):
         part = values[first:last]
         error = refusal(form, len(part[0]["data"]) // 4, model)
-        found += [error] * len(part) if error is not None else _made(form, part)
+        if error is not None:
+            found += [error] * len(part)
+        elif len(part) == 1 and form.encoding == "float32":
+            found.append(_made_alone(form, part[0]))
+        else:
+            found += _made(form, part)
     return found
 
 
@@ -92,8 +98,7 @@ def _made(form: Form, values: Sequence[Mapping[str, Any]]) -> list[dict[str, Any
     width = rows.shape[1]
     kept = rows[:, : form.dimensions]
     if form.scales(width):
-        lengths = np.sqrt(np.add.reduce(kept * kept, axis=1, keepdims=True))
-        kept = kept / np.maximum(lengths, _SMALLEST)
+        kept = kept / np.array([_length(row) for row in kept], dtype=np.float32)[:, None]
     if form.encoding == "float32":
         parts = _cut(kept.astype("<f4", copy=False).tobytes(), len(values))
         return [{**value, "data": data} for value, data in zip(values, parts, strict=True)]
@@ -105,6 +110,21 @@ def _made(form: Form, values: Sequence[Mapping[str, Any]]) -> list[dict[str, Any
         {**value, "data": data, "encoding": "int8", "scale": scale}
         for value, data, scale in zip(values, _cut(codes.tobytes(), len(values)), scales.tolist(), strict=True)
     ]
+
+
+def _made_alone(form: Form, value: Mapping[str, Any]) -> dict[str, Any]:
+    """One float32 value, to the same bits: numpy's calls for several take longer, on an idle machine 40 µs."""
+    import numpy as np
+
+    row = np.frombuffer(value["data"], dtype="<f4")
+    kept = row[: form.dimensions]
+    if form.scales(len(row)):
+        kept = kept / np.float32(_length(kept))
+    return {**value, "data": kept.tobytes()}
+
+
+def _length(row: NDArray[np.float32]) -> float:
+    return max(math.sqrt(row.dot(row)), _SMALLEST)
 
 
 def _quantized(rows: NDArray[np.float32]) -> tuple[NDArray[np.int8], NDArray[np.float32]]:

@@ -133,7 +133,9 @@ class Book:
         """Await these jobs."""
         if self._next_poll == _NEVER:
             self._last_poll = now
-        self._awaited.update((ticket.id, ticket) for ticket in tickets if ticket.outcome is None)
+        for ticket in tickets:
+            if ticket.outcome is None:
+                self._awaited[ticket.id] = ticket
         self._soon(now)
 
     def forget(self, tickets: Iterable[Ticket]) -> None:

@@ -280,8 +280,11 @@ class AsyncRedisWire:
     async def push(self, envelope: Envelope, messages: Sequence[bytes], *, partial: bool) -> tuple[int, int]:
         keys, args = push_arguments(envelope, messages, partial=partial)
         push = self._push if self._line.taken else self._line.run
-        with _reaching(self._broker_url):
+        # As ``_reaching``, which takes longer.
+        try:
             pushed, depth = await push(keys, args)
+        except (RedisError, OSError) as error:
+            raise unavailable(self._broker_url, error) from error
         return int(pushed), int(depth)
 
     async def fetch(self, job_ids: Sequence[str]) -> list[bytes | None]:

@@ -85,6 +85,11 @@ class Admission:
     def has_incoming(self) -> bool:
         return bool(self._incoming)
 
+    @property
+    def is_lone(self) -> bool:
+        """Whether one item, and nothing else, is in line."""
+        return len(self._line) == 1
+
     def ahead(self) -> Ahead | None:
         """What ``take`` would take; None when nothing is in line."""
         with self._line_lock:

@@ -42,7 +42,8 @@ class Memory:
         self._limit_s = limit_s
         self._waiting: dict[str, float] = {}
         self._closing: set[str] = set()
-        self._changed = threading.Condition()
+        self._lock = threading.RLock()
+        self._changed = threading.Condition(self._lock)
 
     @property
     def budget_bytes(self) -> int:
@@ -57,7 +58,7 @@ class Memory:
 
     def hold(self, alias: str, count: int = 1) -> bool:
         """Use a model that is in memory; False when it is not, or is about to leave."""
-        with self._changed:
+        with self._lock:
             resident = self._residency.residents.get(alias)
             if resident is None or resident.leaving:
                 return False
@@ -71,13 +72,13 @@ class Memory:
 
     def hold_more(self, alias: str, count: int) -> None:
         """The same by one who holds it already, even while it is about to leave."""
-        with self._changed:
+        with self._lock:
             if (resident := self._residency.residents.get(alias)) is not None:
                 resident.holds += count
 
     def release(self, alias: str, count: int = 1) -> None:
         """As many uses have ended."""
-        with self._changed:
+        with self._lock:
             resident = self._residency.residents.get(alias)
             if resident is None:
                 return

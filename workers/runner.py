@@ -55,10 +55,10 @@ class Runner(threading.Thread):
         self._registry = registry
         self._events = events
         self._admission = Admission(registry, events, self._notify)
-        lock = threading.RLock()
-        self._changed = threading.Condition(lock)
+        self._lock = threading.RLock()
+        self._changed = threading.Condition(self._lock)
         #: The preparer waits here: for work that comes while a long pass runs.
-        self._while_busy = threading.Condition(lock)
+        self._while_busy = threading.Condition(self._lock)
         self._preparer = threading.Thread(target=self._prepare, name=f"preparer-{name}", daemon=True)
         self._stopping = False
         self._stop_grace_s = stop_grace_s
@@ -91,7 +91,7 @@ class Runner(threading.Thread):
         return tuple(self._passes.values())
 
     def _notify(self) -> None:
-        with self._changed:
+        with self._lock:
             if self._in_long_pass():
                 self._while_busy.notify()
             else:
@@ -137,8 +137,9 @@ class Runner(threading.Thread):
         return not apart, None
 
     def _run_next(self) -> None:
-        with self._changed:
-            may_run, crew = self._turn(self._apart)
+        with self._lock:
+            # A lone item has all cores whatever it is, and is waited for.
+            may_run, crew = (True, None) if not self._apart and self._admission.is_lone else self._turn(self._apart)
             batch = self._admission.take(crew.threads if crew else 1) if may_run else None
             if batch is not None and crew is not None:
                 self._apart += 1

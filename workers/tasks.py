@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any, Final
 
 from celery import Celery, Task
 
-from cortex_tasks.catalog import TASKS, task_spec
+from cortex_tasks.catalog import TASKS, InputKind, task_spec
 from cortex_tasks.codec import HEADER, lane_of
 from cortex_tasks.config import FleetConfig, Limits, ModelConfig
-from cortex_tasks.derived import form_of
+from cortex_tasks.derived import Form, form_of
 from cortex_tasks.errors import CortexError, InvalidInput, ModelError, ModelUnavailable, UnknownModel
 from cortex_tasks.inputs import check_input, check_params, is_single
 from cortex_tasks.keys import stored_params
@@ -85,29 +86,30 @@ def to_job(
 ) -> Job:
     """Read and check a message. Bad inputs are settled with their errors; anything else that is wrong raises
     RequestError. ``headers``: the message's, as Celery merges them into the request."""
-    spec = task_spec(task_name)
     inputs, alias, params = _arguments(args, kwargs)
     if not isinstance(alias, str | None):
         raise UnknownModel(f"a model's name must be a str, not {type(alias).__name__}")
-    alias, model = fleet.model(alias, spec.name)
-    checked, stored, canonical = _known_params(spec.name, alias, params, model)
-    values = [inputs] if is_single(spec.name, inputs) else list(inputs)
+    kind = _kind(task_name, alias, params, fleet)
+    task, model = kind.task, kind.model
+    if type(inputs) is list and kind.takes_text:
+        values = inputs
+    else:
+        values = [inputs] if is_single(task, inputs) else list(inputs)
     if len(values) > model.limits.inputs_per_job:
         raise InvalidInput(
-            f"a job of {len(values):,} inputs is over the limit of {model.limits.inputs_per_job:,} of model {alias!r}; "
-            "cut it into several (Cortex.map does)",
+            f"a job of {len(values):,} inputs is over the limit of {model.limits.inputs_per_job:,} of model "
+            f"{kind.alias!r}; cut it into several (Cortex.map does)",
             {"limit": model.limits.inputs_per_job, "got": len(values)},
         )
-    truncate = isinstance(checked, TextParams) and checked.truncate
     options = _mapping(headers.get(HEADER))
     return Job(
         id=job_id,
-        model=alias,
-        task=spec.name,
-        params=stored,
-        form=form_of(checked, stored),
-        canonical=canonical,
-        inputs=[_checked(spec.name, value, model.limits, truncate) for value in values],
+        model=kind.alias,
+        task=task,
+        params=kind.stored,
+        form=kind.form,
+        canonical=kind.canonical,
+        inputs=[_checked(task, value, model.limits, kind.truncate) for value in values],
         lane=lane_of(_number(_mapping(headers.get("delivery_info")).get("priority"))),
         deadline_s=_epoch(headers.get("expires")),
         sent_at_s=_number(options.get("sent_at")),
@@ -121,28 +123,48 @@ def _policy(given: Any) -> CachePolicy:
     return given if given in ("use", "refresh", "off") else "use" if given is None else "off"
 
 
-#: Parameters seen before, by what they came from: most jobs come with the same few.
-_seen: dict[tuple[Any, ...], tuple[Params, Params, str]] = {}
+@dataclass(frozen=True, slots=True)
+class _Kind:
+    """What jobs have in common but for their inputs."""
+
+    fleet: FleetConfig
+    task: str
+    takes_text: bool
+    alias: str
+    model: ModelConfig
+    truncate: bool
+    #: The parameters that are computed and stored, and these in canonical form.
+    stored: Params
+    canonical: str
+    form: Form | None
+
+
+#: Kinds seen before, by what they came from: most jobs come with the same few.
+_seen: dict[tuple[str, str | None, str], _Kind] = {}
 _SEEN_MAX: Final = 512
 
 
-def _known_params(task: str, alias: str, params: Mapping[str, Any], model: ModelConfig) -> tuple[Params, Params, str]:
-    """The checked parameters, those that are computed and stored, and these in canonical form.
-
-    Raises InvalidParameter.
-    """
-    limits = model.limits
-    # The limits are the model's; repr tells 1 from True and 1.0, which compare equal.
-    key = (
-        (task, alias, model.adapter, limits, repr(sorted(params.items())))
-        if params
-        else (task, alias, model.adapter, limits)
-    )
+def _kind(task_name: str, alias: str | None, params: Mapping[str, Any], fleet: FleetConfig) -> _Kind:
+    """Raises UnknownTask, UnknownModel, InvalidParameter."""
+    # repr tells 1 from True and 1.0, which compare equal.
+    key = (task_name, alias, repr(sorted(params.items())) if params else "")
     known = _seen.get(key)
-    if known is None:
-        checked = check_params(task, params, limits, alias)
+    if known is None or known.fleet is not fleet:
+        spec = task_spec(task_name)
+        alias, model = fleet.model(alias, spec.name)
+        checked = check_params(spec.name, params, model.limits, alias)
         stored = stored_params(checked, model.adapter)
-        known = (checked, stored, stored.canonical())
+        known = _Kind(
+            fleet=fleet,
+            task=spec.name,
+            takes_text=spec.input is InputKind.TEXT,
+            alias=alias,
+            model=model,
+            truncate=isinstance(checked, TextParams) and checked.truncate,
+            stored=stored,
+            canonical=stored.canonical(),
+            form=form_of(checked, stored),
+        )
         if len(_seen) >= _SEEN_MAX:
             _seen.clear()
         _seen[key] = known
@@ -151,14 +173,13 @@ def _known_params(task: str, alias: str, params: Mapping[str, Any], model: Model
 
 def _arguments(args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[Any, Any, dict[str, Any]]:
     """(inputs, model, parameters) of a call ``task(inputs, model=None, **params)``."""
-    if not isinstance(args, list | tuple) or not isinstance(kwargs, Mapping):
+    if not isinstance(args, list | tuple) or not isinstance(kwargs, dict | Mapping):
         raise InvalidInput(f"a job's arguments must be a list and a mapping, not {type(args).__name__} and "
                            f"{type(kwargs).__name__}")  # fmt: skip
     params = dict(kwargs)
-    positional = list(args)
-    if len(positional) > 2:
-        raise InvalidInput(f"a task takes inputs and model by position, not {len(positional)} arguments")
-    for name, value in zip(("inputs", "model"), positional, strict=False):
+    if len(args) > 2:
+        raise InvalidInput(f"a task takes inputs and model by position, not {len(args)} arguments")
+    for name, value in zip(("inputs", "model"), args, strict=False):
         if name in params:
             raise InvalidInput(f"{name!r} was given twice, by position and by name")
         params[name] = value
@@ -188,7 +209,7 @@ def _epoch(expires: Any) -> float:
 
 def _mapping(value: Any) -> Mapping[str, Any]:
     """A part of a message that should be a mapping; an empty one where a foreign client sent something else."""
-    return value if isinstance(value, Mapping) else {}
+    return value if type(value) is dict or isinstance(value, Mapping) else {}
 
 
 def _number(value: Any) -> float | None:

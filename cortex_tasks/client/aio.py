@@ -52,7 +52,7 @@ class _Link:
         if not drafts:
             return
         await self.replies.watch(tickets)
-        with self.replies.giving_up(tickets):
+        try:
             sent = 0
             for batch in batches(drafts):
                 messages = [draft.message for draft in batch]
@@ -62,6 +62,9 @@ class _Link:
                         await self.wire.revoke([draft.id for draft in drafts[:sent]])
                     raise plan.full(len(batch), depth, await self.wire.cards())
                 sent += pushed
+        except BaseException:
+            self.replies.forget(tickets)
+            raise
 
     async def look_up(self, plan: Plan, values: Sequence[Any]) -> Sequence[p.Result | None]:
         """What the cache knows of checked inputs: one entry each, or none at all. Raises nothing."""

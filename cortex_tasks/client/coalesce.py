@@ -222,10 +222,8 @@ class LoopCoalescer:
 
     async def _push(self, groups: list[_Group]) -> None:
         loop = asyncio.get_running_loop()
-        for group in groups:
-            timeout_s = group.order.plan.timeout_s
-            timer = loop.call_later(timeout_s, self._late, group) if timeout_s < 1e9 else None
-            self._riding[group] = timer
+        began_s = loop.time()
+        self._riding.update(dict.fromkeys(groups))
         try:
             await self._link.publish(groups[0].order.plan, groups, [group.order.drafts[0] for group in groups])
         except CortexError as error:
@@ -233,6 +231,12 @@ class LoopCoalescer:
             for group in groups:
                 self._settled(group)
                 group.fail(error)
+            return
+        # Only now: on an idle machine a timer costs as much as the sealing of a message.
+        for group in groups:
+            timeout_s = group.order.plan.timeout_s
+            if group in self._riding and timeout_s < 1e9:
+                self._riding[group] = loop.call_at(began_s + timeout_s, self._late, group)
 
     def _leave(self, seat: _LoopSeat) -> None:
         """A caller was cancelled; with the last one goes the interest in the answer."""

@@ -183,6 +183,8 @@ class Plan:
 
     def check(self, value: Any) -> Any:
         """One input in its canonical form. Raises InvalidInput."""
+        if self.spec.input is InputKind.TEXT and _is_plain(value, self.limits.text_chars):
+            return value
         return check_input(self.spec.name, value, self.limits, self.truncate)
 
     def order_checked(self, values: list[Any]) -> Order:
@@ -213,11 +215,7 @@ class Plan:
         if self.spec.input is not InputKind.TEXT:
             return range(len(values))
         most = self.limits.text_chars
-        return [
-            index
-            for index, value in enumerate(values)
-            if not (type(value) is str and len(value) <= most and value.isascii() and value and not value.isspace())
-        ]
+        return [index for index, value in enumerate(values) if not _is_plain(value, most)]
 
     def order(self, inputs: Iterable[Any], *, one_job: bool = False) -> Order:
         """Several inputs, of which the cache is not asked."""
@@ -254,6 +252,11 @@ class Plan:
             f"try again in about {wait_s:.2g} s, or start another worker",
             {"queue": queue, "limit": limit, "depth": depth, "retry_after_s": wait_s},
         )
+
+
+def _is_plain(value: Any, most_chars: int) -> bool:
+    """Whether an input is surely a text in its canonical form."""
+    return type(value) is str and len(value) <= most_chars and bool(value) and value.isascii() and not value.isspace()
 
 
 @dataclass

@@ -49,6 +49,24 @@ def test_every_job_is_answered_though_connections_break(redis_url: str, tmp_path
     app.close()
 
 
+def test_remote_control_is_heard_after_every_loss(redis_url: str, tmp_path: Path) -> None:
+    """The sockets on which commands come are replaced, some of them under numbers that were in use before."""
+
+    def answers() -> Any:
+        with Celery("plain", broker=redis_url, backend=redis_url, set_as_current=False) as app:
+            try:
+                return app.control.ping(timeout=0.5)
+            except redis.ConnectionError:
+                # One of kombu's own pool, which was killed as well.
+                return None
+
+    with redis.Redis.from_url(redis_url) as client, WorkerProcess(redis_url, tmp_path / "worker.log", queues="slow"):
+        for kind in ("normal", "pubsub", "pubsub", "normal", "pubsub"):
+            poll_until(answers, f"an answer to a ping before the loss of {kind} connections", 60)
+            client.execute_command("CLIENT", "KILL", "TYPE", kind, "SKIPME", "yes")
+        poll_until(answers, "an answer to a ping", 60)
+
+
 def test_a_monitor_that_comes_after_a_loss_hears_of_jobs_at_once(redis_url: str, tmp_path: Path) -> None:
     app = Celery("plain", broker=redis_url, backend=redis_url, set_as_current=False)
 

@@ -6,7 +6,7 @@ import select
 import time
 from collections.abc import Callable
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, Literal
 
 from celery import Celery
 
@@ -89,8 +89,8 @@ class PoolRequest:
 class PoolBench:
     """A started pool without a broker; ``turn_until`` is its hub."""
 
-    def __init__(self) -> None:
-        settings = Settings(broker_url="redis://127.0.0.1:1/0", transport="stock", tracer="stock", huge_pages=False)
+    def __init__(self, tracer: Literal["cortex", "stock"] = "stock") -> None:
+        settings = Settings(broker_url="redis://127.0.0.1:1/0", transport="stock", tracer=tracer, huge_pages=False)
         self.app: Celery = build(settings, fleet_of(m={"load": "pinned", "batching": {"max_items": 2}}))
         self.app.amqp.queues.select(["m"])
         self.answered: list[Any] = []
@@ -148,6 +148,13 @@ class PoolBench:
             assert time.monotonic() < until_s, "not in time"
             for fd in select.select(list(self.readers), [], [], 0.05)[0]:
                 self.readers[fd]()
+
+    def runner_idle(self) -> None:
+        """Wait until the runner is through with a job, of which the hub has yet to hear."""
+        until_s = time.monotonic() + PATIENCE_S
+        while not any(what in ("answered", "finished") for what, _ in list(self.pool._inbox)):
+            assert time.monotonic() < until_s, "not in time"
+            time.sleep(0.001)
 
     def hold(self, job_id: str) -> PoolRequest:
         """A job whose forward pass waits until ``adapter.gate`` is set."""

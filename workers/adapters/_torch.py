@@ -129,10 +129,7 @@ class TokensReader:
 
     def read(self, texts: Sequence[Any], *, prefix: str = "") -> list[Tokens | InvalidInput]:
         """The tokens of each text, cut to the window; an error in the place of an unusable one."""
-        if len(texts) == 1:
-            # A text that comes alone is waited for, and a batch of one has more around it.
-            text = _checked(texts[0])
-            return [text if isinstance(text, InvalidInput) else _tokens(self._backend.encode(prefix + text))]
+        # Never ``encode``: it keeps the interpreter from all other threads meanwhile.
         entries = isolating(texts, lambda good: self._backend.encode_batch_fast([prefix + text for text in good]))
         return [entry if isinstance(entry, InvalidInput) else _tokens(entry) for entry in entries]
 

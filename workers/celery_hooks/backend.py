@@ -10,6 +10,7 @@ duplicate from overwriting a success. Ours are idempotent: a second run of a job
 from __future__ import annotations
 
 import logging
+import threading
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -141,6 +142,8 @@ class BatchedRedisBackend(RedisBackend):
         #: Entries of the result cache that go along with results, where both live in one Redis.
         self.rider: Rider | None = None
         self._line: ScriptLine | None = None
+        #: Held while results are sent: from the hub's thread, or by ``store_success`` from another one.
+        self._sending = threading.Lock()
 
     @contextmanager
     def collecting(self) -> Iterator[None]:
@@ -156,6 +159,23 @@ class BatchedRedisBackend(RedisBackend):
 
         ``tag``: of the job's message, if it is in this backend's Redis and is to be acknowledged along with it.
         """
+        self._stored.append(self._success(job_id, answer, reply_to, tag))
+
+    def store_success(self, job_id: str, answer: Answer, reply_to: str | None, tag: str = "") -> bool | None:
+        """Store a plain job's SUCCESS at once, on whatever thread; returns whether its message was acknowledged along.
+
+        None: it is not stored, since it is too long or others are being sent. Raises as ``collect_success`` and
+        ``flush``; nothing is kept then.
+        """
+        entry = self._success(job_id, answer, reply_to, tag)
+        if len(entry.payload) > _SCRIPTED_BYTES or not self._sending.acquire(blocking=False):
+            return None
+        try:
+            return bool(self._flush_small([entry]))
+        finally:
+            self._sending.release()
+
+    def _success(self, job_id: str, answer: Answer, reply_to: str | None, tag: str) -> _Stored:
         meta = {
             "status": states.SUCCESS,
             "result": answer,
@@ -168,12 +188,16 @@ class BatchedRedisBackend(RedisBackend):
         # As ``encode``, but that Celery and kombu would look the serializer up in three registries first.
         direct = self.serializer == SERIALIZER and not self.compression
         payload = self._checked(dumps(meta)) if direct else self.encode(meta)
-        self._stored.append(_Stored(result_key(job_id), payload, self.expires, job_id, reply_to, tag))
+        return _Stored(result_key(job_id), payload, self.expires, job_id, reply_to, tag)
 
     def flush(self) -> set[str]:
         """Send what was collected, in one round trip but for exceptional sizes; returns the tags of the messages that
         were acknowledged along. Raises what redis-py raises when something could not be stored, and keeps it for the
         next try. An announcement that cannot be made is no loss: clients also look."""
+        with self._sending:
+            return self._flush()
+
+    def _flush(self) -> set[str]:
         small = [entry for entry in self._stored if len(entry.payload) <= _SCRIPTED_BYTES]
         large = [entry for entry in self._stored if len(entry.payload) > _SCRIPTED_BYTES]
         self._stored = [*large, *small]

@@ -2,8 +2,8 @@
 
 Celery's side of a job (events, results, acks, callbacks, chords) stays stock, and all of it happens on the hub's
 thread: the pool hands a job to a runner thread, and when the runner has its outcome, the hub traces the task,
-whose ``__call__`` finds the outcome in ``workers.tasks.slot``. The results of all the jobs that finished together
-are stored in one round trip, then each is acknowledged.
+whose ``__call__`` finds the outcome in ``workers.tasks.slot`` (see ``answering``). The results of all the jobs that
+finished together are stored in one round trip, then each is acknowledged.
 
 Touches celery 5.7's ``BasePool.on_apply`` contract (``accept_callback.__self__`` is the Request),
 ``Request._payload``, ``Request._already_revoked``, ``Request._terminate_on_ack`` and ``celery.worker.state.revoked``.
@@ -16,22 +16,20 @@ import os
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext, suppress
+from contextlib import suppress
 from itertools import count
 from typing import Any, Final
 
-from billiard.einfo import ExceptionInfo
 from celery import signals
 from celery.concurrency.base import BasePool, apply_target
 from celery.worker import state as worker_state
 from redis.exceptions import RedisError
 
-from cortex_tasks.errors import CortexError, InferenceFailed, InvalidInput
+from cortex_tasks.errors import CortexError, InvalidInput
 from workers.celery_hooks import leases
-from workers.celery_hooks.backend import BatchedRedisBackend
+from workers.celery_hooks.answering import Answers
 from workers.celery_hooks.ticket import Ticket
-from workers.celery_hooks.tracing import Tracer
-from workers.runtime import Job, answer
+from workers.runtime import Job
 from workers.tasks import InferenceTask, to_job
 
 __all__ = ["BatchingPool", "Ticket"]
@@ -66,22 +64,15 @@ class BatchingPool(BasePool):
         self._numbers = count(1)
         self._tickets: dict[int, Ticket] = {}
         self._inbox: deque[tuple[str, Sequence[Job]]] = deque()
-        self._unstored: list[tuple[Ticket, Any]] = []
-        self._tracer: Tracer
+        self._answers: Answers
         self._wake_fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
-        self.draining = False
-        #: Jobs that have left: answered, dropped or given back.
-        self.settled = 0
 
     # --------------------------------------------------------------------------- life of the pool
 
     def on_start(self) -> None:
         """Load and warm the pinned models: the worker consumes only after this returns."""
         signals.worker_process_init.send(sender=None)
-        self._tracer = Tracer(self.app, always_stock=self.app.cortex.settings.tracer == "stock")
-        settings = self.app.cortex.settings
-        #: Whether a message can be acknowledged where its answer is stored.
-        self._one_redis = settings.broker == settings.results
+        self._answers = Answers(self.app, self._tickets)
         self.app.cortex.start(self)
 
     def register_with_event_loop(self, loop: Any) -> None:
@@ -100,16 +91,16 @@ class BatchingPool(BasePool):
         ``patience_s``: how long to wait for a Redis that is away; after that the leases run out and other workers
         answer the jobs again.
         """
-        self.draining = True
+        self._answers.draining = True
         runners = self.app.cortex.stop_runners()
         while any(runner.is_alive() for runner in runners):
             self._drain()
             for runner in runners:
                 runner.join(0.01)
         deadline_s = time.monotonic() + patience_s
-        while self._inbox or (self._unstored and time.monotonic() < deadline_s):
+        while self._inbox or (self._answers.wait_for_redis and time.monotonic() < deadline_s):
             self._drain()
-            if self._unstored:
+            if self._answers.wait_for_redis:
                 time.sleep(_FLUSH_RETRY_S)
         # The last one given back is the first in line.
         for ticket in reversed(list(self._tickets.values())):
@@ -166,7 +157,7 @@ class BatchingPool(BasePool):
         except Exception as error:
             self.app.cortex.note_errors(1)
             ticket.outcome = _as_refusal(task_id, error)
-            self._complete([ticket])
+            self._answers.complete([ticket])
             self._wake()
         return ticket
 
@@ -178,7 +169,7 @@ class BatchingPool(BasePool):
         self._inbox.append(("started", jobs))
 
     def finished(self, jobs: Sequence[Job]) -> None:
-        self._tell("finished", jobs)
+        self._tell("answered" if len(jobs) == 1 and self._answers.at_once(jobs[0]) else "finished", jobs)
 
     def dropped(self, jobs: Sequence[Job]) -> None:
         self._tell("dropped", jobs)
@@ -220,110 +211,23 @@ class BatchingPool(BasePool):
                 started += tickets
             elif what == "dropped":
                 # A start told after its job's end would make Celery keep the job for good.
-                self._accept(started)
+                self._answers.accept(started)
                 started = []
                 for ticket in tickets:
                     self._drop(ticket)
+            elif what == "answered":
+                self._answers.note_stored([(ticket, *ticket.stored) for ticket in tickets if ticket.stored is not None])
             else:
                 finished += tickets
         try:
             for ticket in finished:
-                ticket.outcome = self._outcome(ticket.job)
-            self._complete(finished)
+                ticket.outcome = self._answers.outcome(ticket.job)
+            self._answers.complete(finished)
         finally:
-            # Of those that are done ``_store`` tells it.
-            self._accept([ticket for ticket in started if not ticket.done])
+            # Of those that are done ``Answers.store`` tells it.
+            self._answers.accept([ticket for ticket in started if not ticket.done])
         if self._inbox:
             self._wake()
-
-    def _outcome(self, job: Job | None) -> Any:
-        assert job is not None
-        self.app.cortex.note_errors(job.errors)
-        if job.failure is not None:
-            return job.failure
-        try:
-            return answer(job, self.app.cortex.registry.model(job.model).revision)
-        except Exception as error:
-            logger.exception("the answer of job %s could not be put together", job.id)
-            return InferenceFailed(f"the worker failed inside: {type(error).__name__}: {error}")
-
-    def _accept(self, tickets: Sequence[Ticket]) -> None:
-        for ticket in tickets:
-            if not ticket.accepted:
-                ticket.accepted = True
-                try:
-                    # A number of the job's own, so that terminate_job addresses one job.
-                    ticket.accept(ticket.number, time.monotonic())
-                except Exception as error:
-                    # Celery tells "started" over the broker; a job is not lost because that could not be sent.
-                    logger.debug("the start of job %s could not be told: %s", ticket.request.id, error)
-
-    def _complete(self, tickets: Sequence[Ticket]) -> None:
-        """Trace each job, store all results in one round trip, then acknowledge each."""
-        # The others are told to have started when their answers are on their way.
-        self._accept([ticket for ticket in tickets if ticket.request._terminate_on_ack is not None])
-        backend = self.app.backend
-        batched = isinstance(backend, BatchedRedisBackend)
-        with backend.collecting() if batched else nullcontext():
-            for ticket in tickets:
-                if ticket.done or ticket.request._already_revoked:
-                    self._forget(ticket)
-                    continue
-                ticket.done = True
-                self._unstored.append((ticket, self._trace(ticket)))
-        self._store()
-
-    def _trace(self, ticket: Ticket) -> Any:
-        """As ``Tracer.trace``."""
-        model_s = ticket.job.watch.model_s if ticket.job else 0.0
-        request = ticket.request
-        tag = leases.held_tag(request.message) if self._one_redis else ""
-        return self._tracer.trace(request.task, ticket.target, ticket.target_args, ticket.outcome, model_s, tag)
-
-    def _store(self) -> None:
-        """Flush results and call back; while Redis is away, keep them and try again."""
-        if not self._unstored:
-            return
-        backend = self.app.backend
-        acknowledged: set[str] = set()
-        if isinstance(backend, BatchedRedisBackend):
-            try:
-                acknowledged = backend.flush()
-            except (RedisError, OSError) as error:
-                logger.warning("%d results wait for Redis: %s", len(self._unstored), type(error).__name__)
-                return
-        stored, self._unstored = self._unstored, []
-        for ticket, returned in stored:
-            # A terminate that came while the answer waited for Redis comes too late: it is told already.
-            ticket.request._terminate_on_ack = None
-            self._accept([ticket])
-            self._forget(ticket)
-            if ticket.request.message.delivery_tag in acknowledged and not ticket.request.acknowledged:
-                leases.acknowledged(ticket.request.message)
-            self._call_back(ticket, returned)
-        if self.draining:
-            # The hub turns no more: it would have sent these.
-            self._flush_acks()
-
-    def _flush_acks(self) -> None:
-        try:
-            leases.flush_acks()
-        except (RedisError, OSError) as error:
-            logger.warning("acknowledgements wait for Redis: %s", type(error).__name__)
-
-    def _call_back(self, ticket: Ticket, returned: Any) -> None:
-        """Let Celery acknowledge the job and tell what became of it."""
-        call = ticket.error_callback if isinstance(returned, ExceptionInfo) else ticket.callback
-        try:
-            call(self._tracer.told(ticket.request.task, ticket.target_args, returned))
-        except (RedisError, OSError) as error:
-            # It is delivered again when its lease ends, and gives the same answer.
-            logger.warning("job %s was answered but not acknowledged: %s", ticket.request.id, type(error).__name__)
-            leases.let_go(ticket.request.message)
-        except Exception:
-            # A user's own link or errback that cannot be sent: the job itself is answered.
-            logger.exception("a callback of job %s failed", ticket.request.id)
-            ticket.request.acknowledge()
 
     def _drop(self, ticket: Ticket) -> None:
         """A job that will not run: revoked or expired (Celery says so and acknowledges), or given back."""
@@ -337,34 +241,35 @@ class BatchingPool(BasePool):
     def _drop_now(self, ticket: Ticket) -> None:
         request = ticket.request
         if request._terminate_on_ack is not None:
-            self._accept([ticket])
+            self._answers.accept([ticket])
             self._settle_unrun(ticket)
         elif request.revoked():
             self._settle_unrun(ticket)
-        elif not self.draining:
+        elif not self._answers.draining:
             self._give_back(ticket)
 
     def _settle_unrun(self, ticket: Ticket) -> None:
         ticket.done = True
-        self._forget(ticket)
+        self._answers.forget(ticket)
 
     def _give_back(self, ticket: Ticket) -> None:
         """Next in line in its queue again, for another worker."""
         if ticket.done or ticket.request.acknowledged:
-            self._forget(ticket)
+            self._answers.forget(ticket)
             return
         ticket.done = True
-        self._forget(ticket)
+        self._answers.forget(ticket)
         try:
             ticket.request.reject(requeue=True)
         except (RedisError, OSError) as error:
             logger.warning("job %s could not be given back: %s", ticket.request.id, type(error).__name__)
 
-    def _forget(self, ticket: Ticket) -> None:
-        if self._tickets.pop(ticket.number, None) is not None:
-            self.settled += 1
-
     # --------------------------------------------------------------------------------- what is shown
+
+    @property
+    def settled(self) -> int:
+        """Jobs that have left: answered, dropped or given back."""
+        return self._answers.settled
 
     def in_flight(self) -> dict[str, int]:
         """Jobs taken and not yet answered, by queue. Called by the health thread."""
@@ -381,7 +286,7 @@ class BatchingPool(BasePool):
 
     def waits_for_redis(self) -> bool:
         """Whether answers wait for a Redis that is away. Called by the health thread."""
-        return bool(self._unstored)
+        return self._answers.wait_for_redis
 
     def _get_info(self) -> dict[str, Any]:
         """Shown key by key on Flower's worker page."""

@@ -30,6 +30,8 @@ class Ticket:
     error_callback: Callable[..., Any]
     job: Job | None = None
     outcome: Any = None
+    #: What the tracer returned of an answer that is stored already, and whether the message was acknowledged along.
+    stored: tuple[Any, bool] | None = None
     accepted: bool = False
     done: bool = False
 

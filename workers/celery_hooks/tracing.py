@@ -89,6 +89,18 @@ class Tracer:
             return ExceptionInfo()
         return failed, value, (runtime_s or 0.0) + model_s
 
+    def trace_now(
+        self, task: Any, arguments: Sequence[Any], outcome: Any, model_s: float, tag: str = ""
+    ) -> tuple[Plain, bool] | None:
+        """As ``trace`` of a plain job, whose answer is stored at once, on whatever thread; and whether its message was
+        acknowledged along with it. None: it is to be traced. Raises what the backend's ``store_success`` raises."""
+        headers = arguments[2]
+        if not self.takes_plain(task, outcome, arguments[3][2], headers):
+            return None
+        tag = tag if task.acks_late else ""
+        acknowledged = self._backend.store_success(arguments[1], outcome, headers.get("reply_to"), tag)
+        return None if acknowledged is None else (Plain(outcome, model_s), acknowledged)
+
     def takes_plain(
         self, task: Any, outcome: Any, embedded: Mapping[str, Any] | None, headers: Mapping[str, Any]
     ) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -274,3 +275,22 @@ def test_closing_gives_the_weights_back(context: LoadContext) -> None:
     assert adapter.size_bytes == pytest.approx(90.9e6, rel=0.01)
     adapter.close()
     assert adapter.size_bytes == 0
+
+
+def test_other_threads_go_on_while_a_long_text_is_tokenised(minilm: SentenceTransformersAdapter) -> None:
+    """Also while it is the only one: a worker's hub must not stand still for it."""
+    done, turns = threading.Event(), 0
+
+    def count_turns() -> None:
+        nonlocal turns
+        while not done.wait(0.0005):
+            turns += 1
+
+    counting = threading.Thread(target=count_turns)
+    counting.start()
+    try:
+        minilm.prepare("embed", ["the quick brown fox " * 50_000], EmbedParams())
+    finally:
+        done.set()
+        counting.join()
+    assert turns >= 10

@@ -288,6 +288,46 @@ def test_a_message_is_acknowledged_with_its_answer(backend: BatchedRedisBackend,
     assert backend.flush() == set()
 
 
+@pytest.mark.parametrize("riding", [False, True], ids=["alone", "with entries of the cache"])
+def test_one_answer_is_stored_at_once(backend: BatchedRedisBackend, client: Any, riding: bool) -> None:
+    claim(client, "tag-1", "tag-2")
+    if riding:
+        backend.rider = Rider("SET", "entry", "1")
+    collect(backend, "waits")
+    with client.pubsub() as pubsub:
+        pubsub.subscribe(REPLY)
+        assert backend.store_success("1", answer(), REPLY, "tag-1") is True
+        assert [read_reply(message) for _, message in heard(pubsub)] == [[("1", client.get(result_key("1")))]]
+    assert claims(client) == {"tag-2"}
+    assert client.get("entry") == (b"1" if riding else None)
+    assert loads(client.get(result_key("1")))["status"] == states.SUCCESS
+    assert backend.store_success("2", answer(), REPLY) is False
+    assert backend.store_success("3", answer(), REPLY, "another's") is False
+    assert not client.exists(result_key("waits"))
+    backend.flush()
+    assert client.exists(result_key("waits"))
+
+
+def test_a_long_answer_is_not_stored_at_once_nor_while_others_are_sent(
+    backend: BatchedRedisBackend, client: Any
+) -> None:
+    assert backend.store_success("1", answer(300_000), REPLY) is None
+    with backend._sending:
+        assert backend.store_success("2", answer(), REPLY) is None
+    assert client.keys() == []
+
+
+def test_an_answer_that_could_not_be_stored_at_once_is_not_kept(tmp_path: Path) -> None:
+    with RedisServer(directory=tmp_path) as server:
+        backend = backend_of(server.url)
+        server.kill()
+        with pytest.raises(redis.RedisError):
+            backend.store_success("1", answer(), REPLY)
+        assert not backend._stored
+        server.start()
+        assert backend.store_success("1", answer(), REPLY) is False
+
+
 def test_a_message_that_is_not_here_is_left_to_celery(backend: BatchedRedisBackend, client: Any) -> None:
     """As when the broker in use is another Redis, or another worker took the message over."""
     claim(client, "here")

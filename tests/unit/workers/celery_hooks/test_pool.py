@@ -334,7 +334,7 @@ def test_an_answer_comes_before_the_news_of_its_start(bench: PoolBench, monkeypa
 def test_a_start_is_told_though_another_jobs_answer_breaks(bench: PoolBench, monkeypatch: pytest.MonkeyPatch) -> None:
     held = bench.hold("held")
     with monkeypatch.context() as patched:
-        patched.setattr(bench.pool, "_complete", lambda _: raise_(RuntimeError("a defect")))
+        patched.setattr(bench.pool._answers, "complete", lambda _: raise_(RuntimeError("a defect")))
         (timer,) = bench.timers
         with pytest.raises(RuntimeError, match="a defect"):
             timer()

@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ import redis
 from kombu import Connection, Exchange, Queue
 from kombu.asynchronous import get_event_loop
 from kombu.transport import redis as kombu_redis
+from kombu.transport import virtual
 
 from cortex_tasks.codec import queue_key, queue_keys
 from tests.support.consuming import Consuming, consuming, message, push
@@ -109,6 +111,45 @@ def test_a_bulk_message_that_cannot_be_read_takes_no_room(redis_url: str, client
     with consuming(redis_url, prefetch=4) as worker:
         worker.expect("a")
     assert client.llen("cortex:dead:q") == 50
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        '[[], {"inputs": ["é"]}, null]',
+        '{"at": {"__type__": "datetime", "__value__": "2026-01-02T03:04:05+00:00"}}',
+        '{"n": {"__type__": "decimal", "__value__": "1.5"}}',
+        '{"__type__": "nobody knows", "__value__": 1}',
+        '"__type__"',
+        "[1, 2",
+        "",
+        "null",
+        "NaN",
+        "[" * 100_000,
+    ],
+)
+@pytest.mark.parametrize(
+    "given",
+    [{}, {"content_type": "application/x-python-serialize"}, {"accept": ["application/x-yaml"]}],
+    ids=["JSON", "pickle", "not accepted"],
+)
+def test_a_body_is_decoded_as_stock_does(body: str, given: dict[str, Any]) -> None:
+    def decoded(cls: type[Any]) -> Any:
+        kind = given.get("content_type", "application/json")
+        raw = {
+            "body": body,
+            "content-type": kind,
+            "content-encoding": "utf-8",
+            "properties": {"delivery_tag": "t", "body_encoding": None},
+        }
+        one = cls(raw, channel=SimpleNamespace(decode_body=lambda body, encoding: body))
+        one.accept = given.get("accept")
+        try:
+            return repr(one.decode())
+        except Exception as error:
+            return type(error)
+
+    assert decoded(transport.PlainMessage) == decoded(virtual.Message)
 
 
 # ----------------------------------------------------------------------------------------------- waiting
