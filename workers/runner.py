@@ -214,18 +214,19 @@ class Runner(threading.Thread):
             return
         model = self._registry.model(batch.group.model)
         began_s = time.perf_counter()
-        try:
-            with self._placement if passes == 1 else nullcontext():
+        with self._placement if passes == 1 else nullcontext():
+            try:
                 outcomes = self._forward(model, batch, slots)
-                ended_s = time.perf_counter()
-                for slot in slots:
-                    if slot.job.suspect:
-                        self._events.survived(slot.job, slot.index)
-                # All that can wait comes after it: somebody waits for these answers.
-                with self._books:
-                    self._settle(model, slots, outcomes, began_s, ended_s)
-        finally:
-            self._passes.pop(threading.get_ident(), None)
+            finally:
+                # What comes after it may wait for Redis, and is no pass for the watchdog to end.
+                self._passes.pop(threading.get_ident(), None)
+            ended_s = time.perf_counter()
+            for slot in slots:
+                if slot.job.suspect:
+                    self._events.survived(slot.job, slot.index)
+            # All that can wait comes after it: somebody waits for these answers.
+            with self._books:
+                self._settle(model, slots, outcomes, began_s, ended_s)
         if passes == 1:
             self._usual_pass_s += 0.2 * (ended_s - began_s - self._usual_pass_s)
         with self._books:
