@@ -17,6 +17,7 @@ import transformers
 from tokenizers import Encoding, Tokenizer
 
 from cortex_tasks.errors import ConfigError, InvalidInput, ModelUnavailable
+from workers.adapters._wordpiece import PlainWordPiece
 from workers.adapters.base import LoadContext
 
 __all__ = [
@@ -124,14 +125,28 @@ class TokensReader:
         self._backend.encode_special_tokens = bool(tokenizer.split_special_tokens)
         self._backend.no_padding()
         self._backend.no_truncation()
+        self._plain = PlainWordPiece.of(self._backend)
+        self._max_length = max_length
         if max_length is not None:
             self._backend.enable_truncation(max_length, strategy=strategy, direction=tokenizer.truncation_side)
 
     def read(self, texts: Sequence[Any], *, prefix: str = "") -> list[Tokens | InvalidInput]:
         """The tokens of each text, cut to the window; an error in the place of an unusable one."""
+        plain = [self._read_plainly(text, prefix) for text in texts]
+        if None not in plain:
+            return [known for known in plain if known is not None]
+        others = [text for text, known in zip(texts, plain, strict=True) if known is None]
         # Never ``encode``: it keeps the interpreter from all other threads meanwhile.
-        entries = isolating(texts, lambda good: self._backend.encode_batch_fast([prefix + text for text in good]))
-        return [entry if isinstance(entry, InvalidInput) else _tokens(entry) for entry in entries]
+        entries = isolating(others, lambda good: self._backend.encode_batch_fast([prefix + text for text in good]))
+        read = iter([entry if isinstance(entry, InvalidInput) else _tokens(entry) for entry in entries])
+        return [known if known is not None else next(read) for known in plain]
+
+    def _read_plainly(self, text: Any, prefix: str) -> Tokens | None:
+        """The tokens of a simple text of which nothing is cut; None: ask the library."""
+        ids = self._plain.ids(prefix + text) if self._plain is not None and isinstance(text, str) else None
+        if not ids or (self._max_length is not None and len(ids) > self._max_length):
+            return None
+        return Tokens(ids, [0] * len(ids), truncated=False)
 
     def bare(self, texts: Sequence[str]) -> list[Encoding]:
         """Each text's own tokens, none of the special ones; not cut when built with ``max_length=None``."""
