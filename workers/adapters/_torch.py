@@ -17,7 +17,7 @@ import transformers
 from tokenizers import Encoding, Tokenizer
 
 from cortex_tasks.errors import ConfigError, InvalidInput, ModelUnavailable
-from workers.adapters._wordpiece import PlainWordPiece
+from workers.adapters._wordpiece import FEW_TEXTS, PlainWordPiece
 from workers.adapters.base import LoadContext
 
 __all__ = [
@@ -132,7 +132,8 @@ class TokensReader:
 
     def read(self, texts: Sequence[Any], *, prefix: str = "") -> list[Tokens | InvalidInput]:
         """The tokens of each text, cut to the window; an error in the place of an unusable one."""
-        plain = [self._read_plainly(text, prefix) for text in texts]
+        few = len(texts) <= FEW_TEXTS
+        plain = [self._read_plainly(text, prefix) if few else None for text in texts]
         if None not in plain:
             return [known for known in plain if known is not None]
         others = [text for text, known in zip(texts, plain, strict=True) if known is None]

@@ -2,8 +2,8 @@
 
 ``tokenizers`` does for a text of ten ASCII words what it does for any: Unicode's normal forms, accents, character
 classes, offsets. On a worker that was idle that takes 150 µs, since each of its tables has left the caches; with the
-words of a vocabulary in a ``dict`` it is 35, and under load 5 instead of 30 (docs/performance.md). The ids are the
-same, or there are none: whatever is not plainly simple is the library's.
+words of a vocabulary in a ``dict`` it is 35 (docs/performance.md). The ids are the same, or there are none: whatever is
+not plainly simple is the library's, and so are many texts at once, for which it lets go of the interpreter.
 """
 
 from __future__ import annotations
@@ -18,10 +18,12 @@ from tokenizers.models import WordPiece
 from tokenizers.normalizers import BertNormalizer
 from tokenizers.pre_tokenizers import BertPreTokenizer
 
-__all__ = ["PlainWordPiece"]
+__all__ = ["FEW_TEXTS", "MOST_CHARS", "PlainWordPiece"]
 
 logger = logging.getLogger(__name__)
 
+#: Of more texts at once each costs the library less, which needs no interpreter for them.
+FEW_TEXTS: Final = 8
 #: A longer text would keep the interpreter from other threads for too long.
 MOST_CHARS: Final = 2_000
 #: BertPreTokenizer on printable ASCII: white space parts words, each punctuation mark is one of its own.

@@ -20,7 +20,7 @@ from tokenizers.processors import TemplateProcessing
 
 from cortex_tasks.demo.material import sentences
 from workers.adapters._torch import Tokens, TokensReader
-from workers.adapters._wordpiece import MOST_CHARS, PlainWordPiece
+from workers.adapters._wordpiece import FEW_TEXTS, MOST_CHARS, PlainWordPiece
 from workers.store.sources import resolve
 
 pytestmark = pytest.mark.models
@@ -142,12 +142,13 @@ class _Fast:
         self.backend_tokenizer = backend
 
 
-@given(many=st.lists(texts, max_size=6), prefix=st.sampled_from(["", "query: ", "é "]))
+@given(many=st.lists(texts, max_size=FEW_TEXTS + 2), prefix=st.sampled_from(["", "query: ", "é "]))
 @settings(max_examples=200, deadline=None)
 def test_a_reader_reads_as_it_does_without_the_shortcut(many: list[str], prefix: str) -> None:
     reader, bare = TokensReader(_Fast(small()), 8), TokensReader(_Fast(small()), 8)
     bare._plain = None
     found, expected = reader.read(many, prefix=prefix), bare.read(many, prefix=prefix)
+    assert len(found) == len(many)
     for one, other in zip(found, expected, strict=True):
         if isinstance(one, Tokens):
             assert one == other
