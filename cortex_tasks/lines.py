@@ -130,10 +130,17 @@ class AsyncScriptLine:
     async def _call(self, command: bytes, until_s: float) -> Any:
         pipe = self._pipe
         if pipe is None or pipe.lost is not None:
-            pipe = await self._open()
+            pipe = await self._open(until_s)
         return await pipe.ask(command, until_s)
 
-    async def _open(self) -> Pipe:
+    async def _open(self, until_s: float) -> Pipe:
+        try:
+            async with asyncio.timeout_at(until_s):
+                return await self._open_now()
+        except TimeoutError:
+            raise redis.TimeoutError("no connection in time") from None
+
+    async def _open_now(self) -> Pipe:
         async with self._opening:
             if self._closed:
                 raise redis.ConnectionError("the client was closed")
@@ -141,7 +148,6 @@ class AsyncScriptLine:
                 lost, self._pipe = self._pipe, None
                 await lost.close()
             if self._pipe is None:
-                # Has time-outs of its own.
                 self._pipe = await Pipe.open(self._client)
             return self._pipe
 

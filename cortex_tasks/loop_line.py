@@ -44,7 +44,12 @@ class LoopLine(asyncio.Protocol):
         """A new connection with the settings of a ``redis.asyncio`` client. Raises what redis-py raises."""
         pool = client.connection_pool
         connection = pool.connection_class(**pool.connection_kwargs)
-        await connection.connect()
+        try:
+            await connection.connect()
+        except BaseException:
+            # Also where a time-out ends it halfway.
+            await connection.disconnect(nowait=True)
+            raise
         return cls(connection, *args)
 
     def send(self, command: bytes) -> None:
