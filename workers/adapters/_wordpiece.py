@@ -22,7 +22,7 @@ __all__ = ["FEW_TEXTS", "MOST_CHARS", "PlainWordPiece"]
 
 logger = logging.getLogger(__name__)
 
-#: Of more texts at once each costs the library less, which needs no interpreter for them.
+#: The library reads more texts at once without the interpreter, which this would hold.
 FEW_TEXTS: Final = 8
 #: A longer text would keep the interpreter from other threads for too long.
 MOST_CHARS: Final = 2_000
