@@ -176,24 +176,80 @@ def dumps(meta: Any) -> bytes | str:
     return pack(meta)
 
 
-def pack(value: Any) -> bytes:
-    """JSON types and bytes, packed. Raises TypeError for anything else."""
-    blobs: list[bytes] = []
-    offset = 0
+class _Packer:
+    """Packs one value at a time. Kept from one to the next: to set an encoder up takes as long as a short answer."""
 
-    def default(part: Any) -> Any:
-        nonlocal offset
+    __slots__ = ("_blobs", "_encode", "_offset")
+
+    def __init__(self) -> None:
+        self._encode = json.JSONEncoder(separators=(",", ":"), default=self._placed).encode
+
+    def pack(self, value: Any) -> bytes:
+        self._blobs: list[bytes] = []
+        self._offset = 0
+        head = self._encode(value).encode()
+        blobs, self._blobs = self._blobs, []
+        return b"".join((_MAGIC, _LENGTH.pack(len(head)), head, *blobs))
+
+    def _placed(self, part: Any) -> Any:
         if isinstance(part, bytes):
-            place = {"$": [offset, len(part)]}
-            blobs.append(part)
-            offset += len(part)
+            place = {"$": [self._offset, len(part)]}
+            self._blobs.append(part)
+            self._offset += len(part)
             return place
         if isinstance(part, Answer):
             return part.__json__()
         return kombu_json.JSONEncoder().default(part)
 
-    head = json.dumps(value, default=default, separators=(",", ":")).encode()
-    return b"".join((_MAGIC, _LENGTH.pack(len(head)), head, *blobs))
+
+class _Unpacker:
+    """Unpacks one value at a time, and is kept as a packer is."""
+
+    __slots__ = ("_body", "_decode", "_raw")
+
+    def __init__(self) -> None:
+        self._decode = json.JSONDecoder(object_hook=self._fetched).raw_decode
+
+    def unpack(self, raw: bytes) -> Any:
+        start = len(_MAGIC) + _LENGTH.size
+        if len(raw) < start:
+            raise ValueError("a packed answer ends within its header")
+        body = start + _LENGTH.unpack_from(raw, len(_MAGIC))[0]
+        if len(raw) < body:
+            raise ValueError("a packed answer ends within its JSON part")
+        self._raw, self._body = raw, body
+        head = raw[start:body].decode()
+        value, end = self._decode(head)
+        if end != len(head):
+            raise ValueError("a packed answer's JSON part is followed by something else")
+        self._raw = b""
+        return value
+
+    def _fetched(self, value: dict[str, Any]) -> Any:
+        if "$" in value and len(value) == 1:
+            at, length = value["$"]
+            first = self._body + at
+            if not self._body <= first <= first + length <= len(self._raw):
+                raise ValueError("a packed answer's bytes are missing")
+            return self._raw[first : first + length]
+        # kombu's own types are rare here, and its hook takes longer than all else.
+        return kombu_json.object_hook(value) if "__type__" in value else value
+
+
+#: Each is used by one thread at a time, and those that failed are not kept.
+_packers: list[_Packer] = []
+_unpackers: list[_Unpacker] = []
+
+
+def pack(value: Any) -> bytes:
+    """JSON types and bytes, packed. Raises TypeError for anything else."""
+    try:
+        packer = _packers.pop()
+    except IndexError:
+        packer = _Packer()
+    packed = packer.pack(value)
+    _packers.append(packer)
+    return packed
 
 
 def loads(data: bytes | str | memoryview) -> Any:
@@ -213,23 +269,13 @@ def unpack(data: bytes) -> Any:
 
 
 def _unpacked(raw: bytes) -> Any:
-    start = len(_MAGIC) + _LENGTH.size
-    if len(raw) < start:
-        raise ValueError("a packed answer ends within its header")
-    body = start + _LENGTH.unpack_from(raw, len(_MAGIC))[0]
-    if len(raw) < body:
-        raise ValueError("a packed answer ends within its JSON part")
-
-    def hook(value: dict[str, Any]) -> Any:
-        if "$" in value and len(value) == 1:
-            at, length = value["$"]
-            if not 0 <= at <= at + length <= len(raw) - body:
-                raise ValueError("a packed answer's bytes are missing")
-            return raw[body + at : body + at + length]
-        # kombu's own types are rare here, and its hook takes longer than all else.
-        return kombu_json.object_hook(value) if "__type__" in value else value
-
-    return json.loads(raw[start:body], object_hook=hook)
+    try:
+        unpacker = _unpackers.pop()
+    except IndexError:
+        unpacker = _Unpacker()
+    value = unpacker.unpack(raw)
+    _unpackers.append(unpacker)
+    return value
 
 
 def register_serializer() -> None:

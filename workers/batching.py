@@ -40,6 +40,8 @@ class Budget(NamedTuple):
 
     def part(self, parts: int) -> Budget:
         """Of so many passes that run at the same time."""
+        if parts == 1:
+            return self
         return self._replace(max_padded_tokens=max(1, self.max_padded_tokens // parts))
 
 

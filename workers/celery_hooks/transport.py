@@ -53,6 +53,22 @@ _PROMISED_SHARE: Final = 0.25
 _PROMISED_MAX: Final = 8
 
 
+_from_json: Final = json.JSONDecoder().raw_decode
+
+
+def _read_json(raw: bytes) -> Any:
+    """As ``json.loads``, whose own steps take half as long again as the reading. Raises ValueError, RecursionError."""
+    text = raw.decode()
+    try:
+        value, end = _from_json(text)
+        if end == len(text):
+            return value
+    except ValueError:
+        pass
+    # Perhaps white space around it.
+    return json.loads(text)
+
+
 class PlainMessage(virtual.Message):
     """Stock, but that JSON in which kombu's hook for special types would find none is decoded without it."""
 
@@ -60,9 +76,10 @@ class PlainMessage(virtual.Message):
         if self.content_type == _JSON and (self.accept is None or _JSON in self.accept):
             body = self.body
             if isinstance(body, bytes) and _SPECIAL not in body:
-                # What is no JSON raises kombu's own error below.
-                with suppress(ValueError, RecursionError):
-                    return json.loads(body.decode())
+                try:
+                    return _read_json(body)
+                except (ValueError, RecursionError):
+                    pass  # kombu's own error below
         return super()._decode()
 
 
@@ -196,7 +213,7 @@ class CortexChannel(kombu_redis.Channel):
         """Hand a message to its consumer. One that breaks its reading is parked: its neighbours come through."""
         self.qos.recorded.add(tag)
         try:
-            message = json.loads(raw.decode())
+            message = _read_json(raw)
             message["properties"]["delivery_tag"] = tag
             self.connection._deliver(message, queue)
         except ResponseError as error:

@@ -5,6 +5,9 @@ from __future__ import annotations
 import json
 import math
 import struct
+import sys
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, date, datetime
 from decimal import Decimal
 from typing import Any
@@ -48,6 +51,15 @@ def meta(items: list[dict[str, Any]], packed: bool) -> dict[str, Any]:
     }
 
 
+@pytest.fixture
+def switch_often() -> Iterator[None]:
+    """Threads take turns within a few of their steps."""
+    usual_s = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    yield
+    sys.setswitchinterval(usual_s)
+
+
 # ------------------------------------------------------------------------------------------- round trips
 
 
@@ -73,6 +85,24 @@ def test_both_encodings_say_the_same(items: list[dict[str, Any]]) -> None:
 def test_the_plain_encoding_is_kombus_own_json(items: list[dict[str, Any]]) -> None:
     text = dumps(meta(items, packed=False))
     assert kombu_loads(text, "application/json", "utf-8", accept={"application/json"}) == loads(text)
+
+
+def test_after_what_cannot_be_packed_or_read_the_next_one_comes_back_as_it_was() -> None:
+    for _ in range(3):
+        with pytest.raises(TypeError):
+            codec.pack({"data": b"bytes of what failed", "bad": object()})
+        with pytest.raises(ValueError):
+            codec.unpack(packed('{"x":{"$":[0,9]}}'))
+        assert codec.unpack(codec.pack({"data": b"others"})) == {"data": b"others"}
+
+
+def test_threads_that_pack_and_read_at_the_same_time_get_their_own(switch_often: None) -> None:
+    def go_and_return(number: int) -> bool:
+        value = [{"data": b"%d-%d" % (number, at), "at": at} for at in range(50)]
+        return all(codec.unpack(codec.pack(value)) == value for _ in range(20))
+
+    with ThreadPoolExecutor(8) as pool:
+        assert all(pool.map(go_and_return, range(64)))
 
 
 def test_vectors_travel_bit_by_bit() -> None:
@@ -158,7 +188,8 @@ def test_a_forged_place_is_a_value_error(place: str) -> None:
 @pytest.mark.parametrize(
     "head",
     ['{"__type__":"no such","__value__":1}', '{"__type__":[1],"__value__":1}', '{"__type__":"uuid","__value__":5}',
-     '{"__type__":"decimal","__value__":"x"}', '{"__type__":"base64","__value__":5}', "[" * 100_000, "{"],
+     '{"__type__":"decimal","__value__":"x"}', '{"__type__":"base64","__value__":5}', "[" * 100_000, "{",
+     "{} {}", "{}x"],
 )  # fmt: skip
 def test_forged_types_are_a_value_error_in_both_encodings(head: str) -> None:
     for raw in (packed(head), head):

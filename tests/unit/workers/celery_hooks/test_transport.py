@@ -105,6 +105,11 @@ def test_a_message_that_cannot_be_read_is_parked_between_its_neighbours(worker: 
     assert json.loads(client.lindex("cortex:dead:q", 0))["message"] == "not json"
 
 
+def test_white_space_around_a_message_is_no_part_of_it(worker: Consuming, client: Any) -> None:
+    client.lpush("q", b" \n" + message("a") + b"\r\n")
+    worker.expect("a")
+
+
 def test_a_bulk_message_that_cannot_be_read_takes_no_room(redis_url: str, client: Any) -> None:
     client.lpush(queue_key("q", 9), *[b"not json"] * 50)
     push(client, "a", priority=9)
@@ -122,6 +127,8 @@ def test_a_bulk_message_that_cannot_be_read_takes_no_room(redis_url: str, client
         '{"__type__": "nobody knows", "__value__": 1}',
         '"__type__"',
         "[1, 2",
+        " \n[1, 2]\t",
+        "[1] [2]",
         "",
         "null",
         "NaN",
