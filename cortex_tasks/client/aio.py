@@ -10,6 +10,7 @@ from types import TracebackType
 from typing import Any, Final, Literal, Self, Unpack, overload
 
 from cortex_tasks import payloads as p
+from cortex_tasks.book import LoopTicket, Ticket
 from cortex_tasks.cache import AsyncCache, Sampler, Shelf
 from cortex_tasks.client import options as o
 from cortex_tasks.client.coalesce import LoopCoalescer
@@ -21,7 +22,7 @@ from cortex_tasks.config import FleetConfig
 from cortex_tasks.errors import BrokerUnavailable, CortexError
 from cortex_tasks.inputs import is_single
 from cortex_tasks.payloads import CachePolicy, Lane
-from cortex_tasks.replies import AsyncReplies, LoopTicket, Ticket
+from cortex_tasks.replies import AsyncReplies
 from cortex_tasks.results import JobResult
 from cortex_tasks.settings import Settings, mask_url
 from cortex_tasks.wire import AsyncRedisWire, AsyncWire

@@ -12,10 +12,10 @@ import threading
 from collections.abc import Callable, Sequence
 from typing import Any, Final, Protocol
 
+from cortex_tasks.book import Ticket
 from cortex_tasks.client.core import Draft, Order, Plan
 from cortex_tasks.client.cuts import cut
 from cortex_tasks.errors import CortexError
-from cortex_tasks.replies import Ticket
 
 __all__ = ["LoopCoalescer", "ThreadCoalescer"]
 

@@ -15,6 +15,7 @@ from uuid import uuid4
 
 from pydantic import ValidationError
 
+from cortex_tasks.book import Outcome
 from cortex_tasks.cache import Question, Shelf
 from cortex_tasks.catalog import InputKind, TaskSpec, nearest, task_spec
 from cortex_tasks.client.cuts import JOB_CHARS, JOB_INPUTS, cut
@@ -35,7 +36,6 @@ from cortex_tasks.inputs import check_input, check_params
 from cortex_tasks.payloads import CachePolicy, Lane, Params, Result
 from cortex_tasks.presence import WorkerCard
 from cortex_tasks.publish import Envelope, new_id
-from cortex_tasks.replies import Outcome
 from cortex_tasks.results import JobResult, error_from_meta, parse
 from cortex_tasks.settings import Settings, mask_url
 

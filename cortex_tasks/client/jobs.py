@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Final, Generic, Literal, TypeVar, cast
 
 from cortex_tasks import codec
+from cortex_tasks.book import LoopTicket, Outcome, ThreadTicket
 from cortex_tasks.client.core import Order
 from cortex_tasks.errors import CortexError, JobCancelled
 from cortex_tasks.publish import new_id
-from cortex_tasks.replies import LoopTicket, Outcome, ThreadTicket
 from cortex_tasks.results import JobResult
 
 if TYPE_CHECKING:

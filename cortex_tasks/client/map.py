@@ -14,6 +14,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final, Generic, Literal, TypeVar
 
+from cortex_tasks.book import LoopTicket, ThreadTicket, Ticket
 from cortex_tasks.catalog import InputKind
 from cortex_tasks.client.core import Draft, Order, Plan, Sifted
 from cortex_tasks.client.cuts import JOB_CHARS
@@ -21,7 +22,6 @@ from cortex_tasks.client.progress import Progress
 from cortex_tasks.client.stretch import stretched
 from cortex_tasks.errors import BrokerUnavailable, InvalidParameter
 from cortex_tasks.payloads import Result
-from cortex_tasks.replies import LoopTicket, ThreadTicket, Ticket
 
 if TYPE_CHECKING:
     from cortex_tasks.client.aio import AsyncCortex

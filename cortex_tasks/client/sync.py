@@ -11,6 +11,7 @@ from typing import Any, Literal, Self, TypeVar, Unpack, overload
 from weakref import WeakSet
 
 from cortex_tasks import payloads as p
+from cortex_tasks.book import ThreadTicket, Ticket
 from cortex_tasks.cache import Cache, Sampler, Shelf
 from cortex_tasks.client import options as o
 from cortex_tasks.client.coalesce import ThreadCoalescer
@@ -22,7 +23,7 @@ from cortex_tasks.config import FleetConfig
 from cortex_tasks.errors import CortexError
 from cortex_tasks.inputs import is_single
 from cortex_tasks.payloads import CachePolicy, Lane
-from cortex_tasks.replies import Replies, ThreadTicket, Ticket
+from cortex_tasks.replies import Replies
 from cortex_tasks.results import JobResult
 from cortex_tasks.settings import Settings, mask_url
 from cortex_tasks.wire import RedisWire, Wire

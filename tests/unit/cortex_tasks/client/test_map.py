@@ -19,12 +19,12 @@ from cortex_tasks import (
     UnknownTask,
     testing,
 )
+from cortex_tasks.book import ThreadTicket
 from cortex_tasks.client.core import Core
 from cortex_tasks.client.map import Window
 from cortex_tasks.client.progress import Progress
 from cortex_tasks.config import FleetConfig
 from cortex_tasks.echo import FAIL, echo_vector
-from cortex_tasks.replies import ThreadTicket
 from cortex_tasks.testing import LocalFleet, echo_fleet
 from tests.support.worker_process import poll_until
 
