@@ -8,6 +8,8 @@ A wait is ``BLMOVE key key RIGHT RIGHT``, which blocks until a list holds someth
 itself: a look without a pop. The script travels right behind it on the same connection, so Redis runs it at the moment
 the wait ends: the message that ends a wait arrives together with its record, without another round trip. Needs Redis
 6.2 (BLMOVE, RPOP with a count).
+
+Touches ``_sock`` and ``_parser`` of redis-py's connection.
 """
 
 from __future__ import annotations
@@ -18,7 +20,9 @@ import time
 from collections.abc import Sequence
 from typing import Any, Final, NamedTuple
 
-from redis.exceptions import NoScriptError, ResponseError
+import hiredis
+import redis
+from redis.exceptions import InvalidResponse, NoScriptError, ResponseError
 
 from cortex_tasks.lines import packed
 
@@ -28,6 +32,8 @@ __all__ = ["BULK_PRIORITY", "FETCH_SCRIPT", "WAIT_S", "Fetch", "Fetched", "Lists
 BULK_PRIORITY: Final = 6
 #: A wait ends by itself after this long, and all lists are looked at.
 WAIT_S: Final = 1
+_READ_BYTES: Final = 65_536
+_MORE: Final = object()
 
 # KEYS: unacked hash, unacked index, lists in order of service.
 # ARGV: room, room for bulk, number of interactive lists (they come first), time of the claim (epoch s), tag prefix,
@@ -119,13 +125,20 @@ class Fetch(NamedTuple):
 
 
 class Wait:
-    """A connection that waits for one list, and takes messages when the wait ends."""
+    """A connection that waits for one list, and takes messages when the wait ends.
+
+    redis-py opens and closes it; the few steps in between are taken here, since they lie on each message's way.
+    """
 
     def __init__(self, key: str, connection: Any, unacked: Sequence[str]) -> None:
         """``connection``: redis-py's, for nothing else; ``unacked``: kombu's hash and index."""
         self.key = key
         self.connection = connection
         connection.connect()
+        self.sock = connection._sock
+        self._reader: Any = hiredis.Reader(
+            protocolError=InvalidResponse, replyError=connection._parser.parse_error, notEnoughData=_MORE
+        )
         self._look = packed("BLMOVE", key, key, "RIGHT", "RIGHT", WAIT_S)
         self._unacked = unacked
         #: Since when it waits (monotonic seconds); None: it does not.
@@ -134,13 +147,17 @@ class Wait:
         self.fetch: Fetch | None = None
 
     def begin(self, fetch: Fetch | None) -> None:
+        """Raises redis-py's ConnectionError."""
         commands = self._look
         if fetch is not None:
             keys = fetch.keys(self._unacked)
             # The script may run as late as the wait ends: no lease is shorter for that.
             arguments = fetch.arguments(time.time() + WAIT_S)
             commands += packed("EVALSHA", _FETCH_SHA, len(keys), *keys, *arguments)
-        self.connection.send_packed_command([commands], check_health=False)
+        try:
+            self.sock.sendall(commands)
+        except OSError as error:
+            raise _lost(error) from error
         self.fetch, self.since_s = fetch, time.monotonic()
 
     def end(self) -> tuple[list[Fetched], bool, ResponseError | None]:
@@ -148,24 +165,42 @@ class Wait:
 
         Raises redis-py's ConnectionError; what was promised stays noted then, since it may have been taken.
         """
-        refusal = self._read_look()
+        look = self._read()
+        refusal = look if isinstance(look, ResponseError) else None
         # After a look whose time ran out as well: the lists that nobody waits for are to be looked at.
         taken: list[Fetched] = []
         more = True
         if self.fetch is not None:
-            try:
-                taken = self.fetch.messages(self.connection.read_response())
+            reply = self._read()
+            if not isinstance(reply, ResponseError):
+                taken = self.fetch.messages(reply)
                 more = len(taken) == self.fetch.room
-            except NoScriptError:
-                pass
-            except ResponseError as error:
-                refusal = refusal or error
+            elif not isinstance(reply, NoScriptError):
+                refusal = refusal or reply
         self.fetch = self.since_s = None
         return taken, more, refusal
 
-    def _read_look(self) -> ResponseError | None:
+    def _read(self) -> Any:
+        """The next reply; what Redis refuses is a ResponseError. Raises ConnectionError, also of one that says so (a
+        Redis that is loading its data, or wants a password)."""
+        while True:
+            reply = self._reader.gets()
+            if reply is _MORE:
+                self._reader.feed(self._receive())
+            elif isinstance(reply, redis.ConnectionError):
+                raise reply
+            elif not isinstance(reply, hiredis.PushNotification):
+                return reply
+
+    def _receive(self) -> bytes:
         try:
-            self.connection.read_response()
-        except ResponseError as error:
-            return error
-        return None
+            received: bytes = self.sock.recv(_READ_BYTES)
+        except OSError as error:
+            raise _lost(error) from error
+        if not received:
+            raise _lost("closed by Redis")
+        return received
+
+
+def _lost(why: object) -> redis.ConnectionError:
+    return redis.ConnectionError(f"the connection that waits for messages was lost: {why}")

@@ -263,7 +263,7 @@ class CortexChannel(kombu_redis.Channel):
                 # Not of the pool: its size is for commands, these stay for good.
                 connection = self.pool.connection_class(**self.pool.connection_kwargs)
                 wait = self._waits[key] = Wait(key, connection, self._unacked)
-                loop.add_reader(connection._sock, self._on_wait_over, key)
+                loop.add_reader(wait.sock, self._on_wait_over, key)
             is_bulk = priority >= BULK_PRIORITY
             promised = min(most, room, bulk_room) if is_bulk else min(most, room)
             promised_bulk = promised if is_bulk else 0
@@ -299,7 +299,7 @@ class CortexChannel(kombu_redis.Channel):
             if wait.since_s is None or time.monotonic() - wait.since_s <= WAIT_S + _OVERDUE_S:
                 continue
             # After a stall of this process the answer lies there and was only not read yet.
-            if not kombu_redis._socket_readable(wait.connection._sock):
+            if not kombu_redis._socket_readable(wait.sock):
                 self._close_waits()
                 raise ConnectionError("Redis has not answered a wait for messages; connecting anew")
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
@@ -309,17 +310,22 @@ def test_a_priority_in_between_is_fetched_whenever_there_is_room(redis_url: str,
         assert turns < 200
 
 
+def reset(size_bytes: int) -> bytes:
+    raise ConnectionResetError("reset by peer")
+
+
+@pytest.mark.parametrize("receive", [reset, lambda size_bytes: b"", lambda size_bytes: b"-LOADING its data\r\n"])
 def test_a_wait_whose_answer_is_lost_is_given_back(
-    worker: Consuming, client: Any, monkeypatch: pytest.MonkeyPatch
+    worker: Consuming, client: Any, monkeypatch: pytest.MonkeyPatch, receive: Callable[[int], bytes]
 ) -> None:
-    def reset() -> None:
-        raise redis.ConnectionError("reset by peer")
+    def lost(sock: socket.socket) -> Any:
+        return SimpleNamespace(recv=receive, fileno=sock.fileno)
 
     worker.turn(3)
     push(client, "a", "b")
     poll_until(lambda: recorded(client) == 2, "the wait to take")
     for wait in worker.channel._waits.values():
-        monkeypatch.setattr(wait.connection, "read_response", reset)
+        monkeypatch.setattr(wait, "sock", lost(wait.sock))
     with pytest.raises(worker.connection.connection_errors):
         worker.turn_until(lambda: False, "an error")
     assert recorded(client) == 0
