@@ -77,17 +77,22 @@ def made(form: Form, values: Sequence[Mapping[str, Any]], model: str) -> list[di
     A value's result does not depend on its neighbours. Raises KeyError, TypeError or ValueError when one of them is no
     embedding.
     """
+    if len(values) == 1:
+        return _made_alike(form, values, model)
     found: list[dict[str, Any] | InvalidParameter] = []
     for first, last in _runs([value["data"] for value in values]):
-        part = values[first:last]
-        error = refusal(form, len(part[0]["data"]) // 4, model)
-        if error is not None:
-            found += [error] * len(part)
-        elif len(part) == 1 and form.encoding == "float32":
-            found.append(_made_alone(form, part[0]))
-        else:
-            found += _made(form, part)
+        found += _made_alike(form, values[first:last], model)
     return found
+
+
+def _made_alike(form: Form, values: Sequence[Mapping[str, Any]], model: str) -> list[dict[str, Any] | InvalidParameter]:
+    """Values whose vectors have one length."""
+    error = refusal(form, len(values[0]["data"]) // 4, model)
+    if error is not None:
+        return [error] * len(values)
+    if len(values) == 1 and form.encoding == "float32":
+        return [_made_alone(form, values[0])]
+    return [*_made(form, values)]
 
 
 def _made(form: Form, values: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:

@@ -155,7 +155,7 @@ class Batcher(Generic[T]):
 
     def _lane(self) -> Lane | None:
         """Whose turn it is; None when nothing waits."""
-        interactive, bulk = (self._surface(lane) for lane in ("interactive", "bulk"))
+        interactive, bulk = self._surface("interactive"), self._surface("bulk")
         if interactive and bulk:
             return "interactive" if self._streak < INTERACTIVE_STREAK else "bulk"
         return "interactive" if interactive else "bulk" if bulk else None

@@ -134,9 +134,9 @@ class TokensReader:
         """The tokens of each text, cut to the window; an error in the place of an unusable one."""
         few = len(texts) <= FEW_TEXTS
         plain = [self._read_plainly(text, prefix) if few else None for text in texts]
-        if None not in plain:
-            return [known for known in plain if known is not None]
         others = [text for text, known in zip(texts, plain, strict=True) if known is None]
+        if not others:
+            return [known for known in plain if known is not None]
         # Never ``encode``: it keeps the interpreter from all other threads meanwhile.
         entries = isolating(others, lambda good: self._backend.encode_batch_fast([prefix + text for text in good]))
         read = iter([entry if isinstance(entry, InvalidInput) else _tokens(entry) for entry in entries])
