@@ -10,7 +10,7 @@ import asyncio
 import threading
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Final
-from weakref import WeakValueDictionary
+from weakref import ref
 
 from cortex_tasks import codec
 from cortex_tasks.errors import CortexError, ModelError, ResultLost
@@ -104,7 +104,8 @@ class Book:
     """Which answers are awaited, and when to look for them. Times are seconds of one monotonic clock."""
 
     def __init__(self) -> None:
-        self._awaited: WeakValueDictionary[str, Ticket] = WeakValueDictionary()
+        #: By their jobs' ids. Tickets that nobody holds any more are noticed when they are looked for.
+        self._awaited: dict[str, ref[Ticket]] = {}
         #: Announced, but not found when fetched: lost, if the next look does not find them either.
         self._missing: set[str] = set()
         self._round = Round()
@@ -122,7 +123,7 @@ class Book:
             self._last_poll = now
         for ticket in tickets:
             if ticket.outcome is None:
-                self._awaited[ticket.id] = ticket
+                self._awaited[ticket.id] = ref(ticket)
         self._soon(now)
 
     def forget(self, tickets: Iterable[Ticket]) -> None:
@@ -137,11 +138,11 @@ class Book:
     def heard(self, jobs: Iterable[codec.Heard], now: float) -> list[str]:
         """Take the results that announcements carried; returns which of the announced jobs to fetch."""
         wanted = [(job_id, raw) for job_id, raw in jobs if job_id in self._awaited]
-        for job_id, raw in wanted:
-            if raw is not None:
-                self.received([job_id], [raw], now, announced=False)
-        if wanted:
-            self._soon(now)
+        if not wanted:
+            return []
+        carried = {job_id: raw for job_id, raw in wanted if raw is not None}
+        self.received(list(carried), list(carried.values()), now, announced=False)
+        self._soon(now)
         return [job_id for job_id, raw in wanted if raw is None]
 
     def due(self, now: float) -> list[str]:
@@ -149,15 +150,18 @@ class Book:
         if now < self._next_poll:
             return []
         if self._sweeps:
-            ids = list(self._awaited.keys())
+            ids = list(self._awaited)
         else:
             self._missing = {job_id for job_id in self._missing if job_id in self._awaited}
-            ids = list(dict.fromkeys([*self._missing, *self._round.pick(self._awaited.keys(), len(self._awaited))]))
+            ids = list(dict.fromkeys([*self._missing, *self._round.pick(self._awaited, len(self._awaited))]))
+        for job_id in ids:
+            if self._awaited[job_id]() is None:
+                del self._awaited[job_id]
         self._sweeps = False
         self._last_poll = now
         self._pause_s = min(self._pause_s * 2, LONGEST_POLL_S)
-        self._next_poll = now + self._pause_s if ids else _NEVER
-        return ids
+        self._next_poll = now + self._pause_s if self._awaited else _NEVER
+        return [job_id for job_id in ids if job_id in self._awaited]
 
     def wait_s(self, now: float) -> float:
         """How long nothing needs to be done unless something is announced."""
@@ -167,7 +171,8 @@ class Book:
         """What a fetch found."""
         before = len(self._awaited)
         for job_id, raw in zip(job_ids, raws, strict=True):
-            ticket = self._awaited.get(job_id)
+            held = self._awaited.get(job_id)
+            ticket = held() if held is not None else None
             if ticket is None:
                 continue
             outcome = _outcome(raw) if raw is not None else self._lost(job_id, announced)

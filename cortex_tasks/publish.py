@@ -12,7 +12,7 @@ import random
 import socket
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
-from json.encoder import JSONEncoder
+from json.encoder import JSONEncoder, encode_basestring
 from typing import Any, Final
 
 from cortex_tasks.catalog import TaskSpec
@@ -113,7 +113,7 @@ class Envelope:
     def seal(self, job_id: str, inputs: Sequence[Any], *, sent_at: float, deadline_s: float | None = None) -> bytes:
         """The message of one job. ``sent_at``: epoch seconds; ``inputs``: checked texts or Series."""
         # Each text by itself: encoding a string is one call into C, a list sets up an encoder first.
-        listed = ",".join([_encode(value) for value in inputs])
+        listed = ",".join([encode_basestring(value) if type(value) is str else _encode(value) for value in inputs])
         body = f'[[],{{"inputs":[{listed}]{self._body_end}'
         shown = f"{{'inputs': {short_repr(inputs)}, {self._options}}}"
         expires, expiration = "null", ""
@@ -121,9 +121,9 @@ class Envelope:
             expires = f'"{datetime.fromtimestamp(sent_at + deadline_s, UTC).isoformat()}"'
             expiration = f',"expiration":"{int(deadline_s * 1000)}"'
         return (
-            f'{{"body":{_encode(body)},"content-encoding":"utf-8","content-type":"application/json",'
+            f'{{"body":{encode_basestring(body)},"content-encoding":"utf-8","content-type":"application/json",'
             f'"headers":{self._headers},"sent_at":{sent_at!r}}},'
-            f'"id":"{job_id}","root_id":"{job_id}","expires":{expires},"kwargsrepr":{_encode(shown)}}},'
+            f'"id":"{job_id}","root_id":"{job_id}","expires":{expires},"kwargsrepr":{encode_basestring(shown)}}},'
             f'"properties":{self._properties},"correlation_id":"{job_id}","delivery_tag":"{job_id}"{expiration}}}}}'
         ).encode()
 

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any, Final, Generic, TypeVar, overload
@@ -21,6 +21,7 @@ from cortex_tasks.payloads import Result, Timings
 __all__ = ["FINAL_STATES", "JobResult", "error_from_meta", "parse"]
 
 T = TypeVar("T")
+M = TypeVar("M", bound=BaseModel)
 
 #: States of Celery in which a job is over.
 FINAL_STATES: Final = frozenset({"SUCCESS", "FAILURE", "REVOKED"})
@@ -84,7 +85,7 @@ def parse(answer: Mapping[str, Any]) -> JobResult[Any]:
         raise ValueError(f"not an answer of Cortex: {type(answer).__name__}")
     try:
         cls = task_spec(answer["task"]).result
-        timings = Timings.model_validate(_known(Timings, answer.get("timings") or {}))
+        timings = _read(Timings, answer.get("timings") or {}, {})
         fixed = {"model": answer["model"], "revision": answer["revision"], "timings": timings}
         items = tuple([_item(cls, item, fixed) for item in answer["items"]])
     except (KeyError, TypeError, AttributeError, ValidationError) as error:
@@ -93,23 +94,26 @@ def parse(answer: Mapping[str, Any]) -> JobResult[Any]:
 
 
 @cache
-def _fields(cls: type[BaseModel]) -> frozenset[str]:
-    return frozenset(cls.model_fields)
+def _reader(cls: type[M]) -> tuple[frozenset[str], Callable[[Any], M]]:
+    """The fields that this version knows of, and pydantic's own reader of them: ``model_validate`` takes half as long
+    again."""
+    return frozenset(cls.model_fields), cls.__pydantic_validator__.validate_python
 
 
-def _known(cls: type[BaseModel], given: Mapping[str, Any]) -> Mapping[str, Any]:
-    """What this version knows of: a newer worker may say more."""
-    fields = _fields(cls)
-    if given.keys() <= fields:
-        return given
-    return {name: value for name, value in given.items() if name in fields}
+def _read(cls: type[M], given: Mapping[str, Any], fixed: Mapping[str, Any]) -> M:
+    """``given`` and ``fixed`` as a model; what a newer worker says beyond it is left out. Raises ValidationError."""
+    fields, read = _reader(cls)
+    if not given.keys() <= fields:
+        given = {name: value for name, value in given.items() if name in fields}
+    found: M = read({**given, **fixed})
+    return found
 
 
 def _item(cls: type[Result], item: Mapping[str, Any], fixed: Mapping[str, Any]) -> Result | CortexError:
     if "value" not in item:
         return errors.error_from_wire(item.get("error") or {})
     try:
-        return cls.model_validate({**_known(cls, item["value"]), **fixed})
+        return _read(cls, item["value"], fixed)
     except ValidationError as error:
         fields = ", ".join(sorted({str(entry["loc"][0]) for entry in error.errors() if entry["loc"]}))
         return ModelError(f"the worker's {cls.kind} does not fit this version of cortex_tasks ({fields}); upgrade it")

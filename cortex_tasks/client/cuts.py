@@ -22,6 +22,9 @@ def weight_of(value: Any) -> int:
 
 def cut(values: Sequence[Any], most: int, chars: float) -> Iterator[slice]:
     """Slices of at most ``most`` checked inputs and, but for a single one that is larger, ``chars`` characters."""
+    if len(values) == 1:
+        yield slice(0, 1)
+        return
     start, size = 0, 0
     for index, value in enumerate(values):
         weight = weight_of(value)

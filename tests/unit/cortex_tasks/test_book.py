@@ -144,8 +144,20 @@ def test_a_dropped_ticket_is_not_awaited_any_longer() -> None:
     book, tickets = book_of("a", "b")
     del tickets["a"]
     gc.collect()
-    assert len(book) == 1
     assert book.due(200.0) == ["b"]
+    assert len(book) == 1
+    book.received(["b"], [DONE], 200.0, announced=False)
+    assert book.due(300.0) == []
+    assert book.wait_s(300.0) == float("inf")
+
+
+def test_the_answer_to_a_dropped_ticket_is_nobodys() -> None:
+    book, tickets = book_of("a")
+    del tickets["a"]
+    gc.collect()
+    assert book.heard([("a", DONE)], 100.0) == []
+    book.poll_now()
+    assert (book.due(100.0), len(book)) == ([], 0)
 
 
 def test_an_idle_book_needs_nothing() -> None:
