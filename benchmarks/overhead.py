@@ -5,8 +5,6 @@
 
 from __future__ import annotations
 
-import os
-import signal
 import sys
 import time
 from collections.abc import Callable
@@ -19,7 +17,6 @@ from benchmarks.cpu import cpu_s
 from benchmarks.processes import ROOT, Peer, Process, fleet, only_redis
 from benchmarks.stats import percentile
 from cortex_tasks.codec import queue_keys
-from cortex_tasks.local_fleet import LocalFleet
 
 __all__ = ["BENCHMARK", "IN_FLIGHT", "STOCK_POOLS"]
 
@@ -30,11 +27,12 @@ STOCK_POOLS: Final = ("solo", "threads", "prefork")
 #: Jobs in flight of the bulk submission, each of one text.
 _WINDOW: Final = 4096
 _SUBMIT_TIMEOUT_S: Final = 60.0
+_QUEUES: Final = ROOT / "benchmarks" / "queues.bench.yaml"
 
 
 def measure(seconds: float, say: Callable[[str], None]) -> Figures:
     figures: Figures = {}
-    with fleet("echo", ROOT / "benchmarks" / "queues.bench.yaml") as local:
+    with fleet("echo", _QUEUES) as local:
         sessions = {name: process.pid for name, process in local.processes.items()}
         with Peer("benchmarks.client", local.env) as client:
             client.ask("hello")
@@ -44,8 +42,8 @@ def measure(seconds: float, say: Callable[[str], None]) -> Figures:
             figures |= _idle(client, seconds)
             say("jobs of one text, submitted in bulk")
             figures |= _jobs(client, sessions, seconds)
-            say("submission alone")
-            figures |= _submission(client, local, figures["jobs_per_s"], seconds)
+    say("submission alone")
+    figures |= _submission(figures["jobs_per_s"], seconds)
     pools = {}
     for pool in STOCK_POOLS:
         say(f"stock Celery, {pool} pool")
@@ -95,27 +93,24 @@ def _jobs(client: Peer, sessions: dict[str, int], seconds: float) -> Figures:
     }
 
 
-def _submission(client: Peer, local: LocalFleet, jobs_per_s: float, seconds: float) -> Figures:
-    """The client's CPU until all jobs are queued; the worker is halted meanwhile, so that nothing comes back."""
-    count, worker = max(2_000, int(jobs_per_s * min(seconds, 4.0))), local.processes["worker"].pid
-    before = cpu_s({"client": client.pid})["client"]
-    os.kill(worker, signal.SIGSTOP)
-    try:
+def _submission(jobs_per_s: float, seconds: float) -> Figures:
+    """The client's CPU until all jobs are queued. No worker is about, so nothing comes back."""
+    count = max(2_000, int(jobs_per_s * min(seconds, 4.0)))
+    with only_redis(_QUEUES) as local, Peer("benchmarks.client", local.env) as client:
+        client.ask("hello")
+        before = cpu_s({"client": client.pid})["client"]
+        # Until this context stops it: it waits for answers in vain.
         arguments = {"model": "echo", "kind": "short", "seed": 5, "count": count, "chunk": 1, "window": 4 * count}
         client.tell("stream", sessions={}, **arguments)
         _await_depth(local.url, "echo", count)
         after = cpu_s({"client": client.pid})["client"]
-    finally:
-        os.kill(worker, signal.SIGCONT)
-    client.answer()
     return {"client_submit_cpu_us_per_job": (after - before) * 1e6 / count}
 
 
 def _await_depth(url: str, queue: str, count: int) -> None:
     until = time.monotonic() + _SUBMIT_TIMEOUT_S
     with redis.Redis.from_url(url) as broker:
-        # Redis hands a halted worker what it was waiting for.
-        while sum(int(broker.llen(key)) for key in queue_keys(queue)) + int(broker.hlen("unacked")) < count:
+        while sum(int(broker.llen(key)) for key in queue_keys(queue)) < count:
             if time.monotonic() > until:
                 raise RuntimeError(f"{count} jobs were not queued within {_SUBMIT_TIMEOUT_S} s")
             time.sleep(0.01)

@@ -9,10 +9,13 @@ import signal
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Final, Self
+
+from celery import Celery
 
 from cortex_tasks.embedded_redis import tie_to_parent
 from cortex_tasks.local_fleet import LocalFleet, session_members
@@ -22,6 +25,7 @@ __all__ = ["ROOT", "Peer", "Process", "fleet", "only_redis", "serve"]
 
 ROOT: Final = Path(__file__).resolve().parents[1]
 _STOP_TIMEOUT_S: Final = 20.0
+_START_TIMEOUT_S: Final = 120.0
 _TAIL_LINES: Final = 20
 
 
@@ -142,20 +146,31 @@ def fleet(
     names = ["worker", *(f"worker{number}" for number in range(2, workers + 1))]
     lines = [f"{name}: celery -A workers.app worker -Q {queues}\n" for name in names]
     local = _local_fleet(f"redis: cortex redis --grace-s 1\n{''.join(lines)}", queues_file)
-    if started:
-        with local:
-            yield local
-        return
     try:
+        if started:
+            local.start()
+            if os.environ.get("CORTEX_POOL") == "stock":
+                _await_pongs(local, workers)
+            else:
+                local.wait_ready()
         yield local
     finally:
         local.stop()
 
 
+def _await_pongs(local: LocalFleet, workers: int) -> None:
+    """Wait until so many workers answer Celery's ping: with a stock pool they write no card that would say so."""
+    control = Celery(broker=local.url, set_as_current=False).control
+    until_s = time.monotonic() + _START_TIMEOUT_S
+    while len(control.ping(timeout=0.5)) < workers:
+        if time.monotonic() > until_s:
+            raise RuntimeError(f"no pong within {_START_TIMEOUT_S} s:\n{local.tail('worker')}")
+
+
 @contextlib.contextmanager
-def only_redis() -> Iterator[LocalFleet]:
-    """A Redis by itself, for stock Celery."""
-    with _local_fleet("redis: cortex redis --grace-s 1\n", ROOT / "queues.yaml") as local:
+def only_redis(queues_file: Path = ROOT / "queues.yaml") -> Iterator[LocalFleet]:
+    """A Redis by itself: for stock Celery, or for a client whom nobody answers."""
+    with _local_fleet("redis: cortex redis --grace-s 1\n", queues_file) as local:
         yield local
 
 

@@ -74,6 +74,12 @@ def test_overhead() -> None:
 
 
 @pytest.mark.fleet
+@pytest.mark.parametrize("hooks", [("POOL",), ("POOL", "TRANSPORT", "BACKEND", "TRACER")])
+def test_overhead_with_hooks_switched_off(hooks: tuple[str, ...]) -> None:
+    checked("overhead", run("overhead", "--json-only", **{f"CORTEX_{hook}": "stock" for hook in hooks})[-1])
+
+
+@pytest.mark.fleet
 @pytest.mark.models
 def test_throughput() -> None:
     [line] = run("throughput", "--json-only")
