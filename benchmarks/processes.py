@@ -15,8 +15,6 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Final, Self
 
-from celery import Celery
-
 from cortex_tasks.embedded_redis import tie_to_parent
 from cortex_tasks.local_fleet import LocalFleet, session_members
 from cortex_tasks.procfile import child_environment
@@ -160,6 +158,9 @@ def fleet(
 
 def _await_pongs(local: LocalFleet, workers: int) -> None:
     """Wait until so many workers answer Celery's ping: with a stock pool they write no card that would say so."""
+    # Only here: all peers import this module, and a light client's process has no Celery in its caches.
+    from celery import Celery
+
     control = Celery(broker=local.url, set_as_current=False).control
     until_s = time.monotonic() + _START_TIMEOUT_S
     while len(control.ping(timeout=0.5)) < workers:

@@ -154,13 +154,14 @@ class Book:
         else:
             self._missing = {job_id for job_id in self._missing if job_id in self._awaited}
             ids = list(dict.fromkeys([*self._missing, *self._round.pick(self._awaited, len(self._awaited))]))
-        for job_id in ids:
-            if self._awaited[job_id]() is None:
-                del self._awaited[job_id]
+        dropped = [job_id for job_id in ids if self._awaited[job_id]() is None]
+        for job_id in dropped:
+            del self._awaited[job_id]
         self._sweeps = False
         self._last_poll = now
         self._pause_s = min(self._pause_s * 2, LONGEST_POLL_S)
-        self._next_poll = now + self._pause_s if self._awaited else _NEVER
+        # Where some were dropped, more were: a look takes a part, and nobody is to look for minutes.
+        self._next_poll = _NEVER if not self._awaited else now if dropped else now + self._pause_s
         return [job_id for job_id in ids if job_id in self._awaited]
 
     def wait_s(self, now: float) -> float:

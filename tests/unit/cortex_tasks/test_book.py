@@ -151,6 +151,20 @@ def test_a_dropped_ticket_is_not_awaited_any_longer() -> None:
     assert book.wait_s(300.0) == float("inf")
 
 
+def test_thousands_of_dropped_tickets_are_forgotten_in_looks_that_follow_at_once() -> None:
+    book, tickets = book_of(*(f"t{number}" for number in range(10 * LOOK_KEYS)))
+    held = tickets.pop("t7")
+    tickets.clear()
+    gc.collect()
+    looks = 0
+    while len(book) > 1:
+        assert set(book.due(200.0)) <= {held.id}
+        looks += 1
+    assert looks <= 25
+    book.due(200.0)
+    assert book.wait_s(200.0) > 0
+
+
 def test_the_answer_to_a_dropped_ticket_is_nobodys() -> None:
     book, tickets = book_of("a")
     del tickets["a"]
