@@ -7,18 +7,16 @@ the priorities in between are looked at whenever a wait ends. Touches kombu 5.7'
 
 from __future__ import annotations
 
-import json
 import logging
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
-from functools import partial
 from itertools import count
 from typing import Any, Final
 from uuid import uuid4
 
 from kombu.asynchronous import set_event_loop
-from kombu.transport import TRANSPORT_ALIASES, virtual
+from kombu.transport import TRANSPORT_ALIASES
 from kombu.transport import redis as kombu_redis
 from kombu.utils.json import dumps
 from redis.exceptions import RedisError, ResponseError
@@ -26,6 +24,7 @@ from redis.exceptions import RedisError, ResponseError
 from workers.celery_hooks import malformed
 from workers.celery_hooks.fetching import BULK_PRIORITY, FETCH_SCRIPT, WAIT_S, Fetch, Fetched, Lists, Wait
 from workers.celery_hooks.leases import LeasedQoS
+from workers.celery_hooks.reading import PlainMessage, read_json
 
 __all__ = ["TRANSPORT_NAME", "CortexTransport", "register_transport"]
 
@@ -39,9 +38,6 @@ _FETCH_MAX: Final = 256
 _FETCHES_A_TURN: Final = 4
 #: Part of a worker's room that bulk messages never take, so that interactive ones find a place at once.
 _INTERACTIVE_SHARE: Final = 0.25
-_JSON: Final = "application/json"
-#: How kombu marks a type that JSON lacks.
-_SPECIAL: Final = b"__type__"
 #: A wait that is this much overdue sits on a dead connection.
 _OVERDUE_S: Final = 10.0
 #: How long to leave a Redis alone that refuses a command (no memory, a read-only replica, a key of another type).
@@ -51,36 +47,6 @@ _WAITED_PRIORITIES: Final = (0, 9)
 #: Of a worker's room, what may be promised to waits, and how much to one of them at most.
 _PROMISED_SHARE: Final = 0.25
 _PROMISED_MAX: Final = 8
-
-
-_from_json: Final = json.JSONDecoder().raw_decode
-
-
-def _read_json(raw: bytes) -> Any:
-    """As ``json.loads``, whose own steps take half as long again as the reading. Raises ValueError, RecursionError."""
-    text = raw.decode()
-    try:
-        value, end = _from_json(text)
-        if end == len(text):
-            return value
-    except ValueError:
-        pass
-    # Perhaps white space around it.
-    return json.loads(text)
-
-
-class PlainMessage(virtual.Message):
-    """Stock, but that JSON in which kombu's hook for special types would find none is decoded without it."""
-
-    def _decode(self) -> Any:
-        if self.content_type == _JSON and (self.accept is None or _JSON in self.accept):
-            body = self.body
-            if isinstance(body, bytes) and _SPECIAL not in body:
-                try:
-                    return _read_json(body)
-                except (ValueError, RecursionError):
-                    pass  # kombu's own error below
-        return super()._decode()
 
 
 class CortexChannel(kombu_redis.Channel):
@@ -105,6 +71,8 @@ class CortexChannel(kombu_redis.Channel):
         self._lists: dict[tuple[str, ...], Lists] = {}
         #: Monotonic seconds before which nothing is fetched.
         self._resume_at_s = 0.0
+        #: Messages so far.
+        self._delivered = 0
         #: Who got the last message to many (a fanout exchange's); None while that is not known.
         self.receivers: int | None = None
 
@@ -133,14 +101,18 @@ class CortexChannel(kombu_redis.Channel):
 
     # --------------------------------------------------------------------------------- fetching
 
-    def fetch_or_wait(self, loop: Any) -> None:
-        """Called before each poll while there is room: take what there is, and see that all lists are waited for."""
+    def fetch_or_wait(self, loop: Any) -> bool:
+        """Called before each poll while there is room: take what there is, and see that all lists are waited for.
+
+        Returns whether a message was delivered.
+        """
+        delivered = self._delivered
         room, bulk_room = self._rooms()
         if not self._not_waited_for(bulk_room):
             self._drop_overdue()
-            return
+            return False
         if time.monotonic() < self._resume_at_s:
-            return
+            return False
         try:
             # Until the lists are empty or the worker is full. A list that still holds something ends its wait at once.
             for _ in range(_FETCHES_A_TURN):
@@ -154,6 +126,7 @@ class CortexChannel(kombu_redis.Channel):
                 self._may_be_more = True
         except ResponseError as error:
             self._back_off(error)
+        return self._delivered > delivered
 
     def _back_off(self, error: Exception) -> None:
         self._may_be_more = True
@@ -186,6 +159,7 @@ class CortexChannel(kombu_redis.Channel):
         return Fetch(lists, f"{self._tag_prefix}{next(self._fetches)}-", room, bulk_room)
 
     def _take(self, taken: Sequence[Fetched]) -> None:
+        self._delivered += len(taken)
         for queue, is_bulk, tag, raw in taken:
             if is_bulk:
                 self.qos.bulk.add(tag)
@@ -213,7 +187,7 @@ class CortexChannel(kombu_redis.Channel):
         """Hand a message to its consumer. One that breaks its reading is parked: its neighbours come through."""
         self.qos.recorded.add(tag)
         try:
-            message = _read_json(raw)
+            message = read_json(raw)
             message["properties"]["delivery_tag"] = tag
             self.connection._deliver(message, queue)
         except ResponseError as error:
@@ -327,9 +301,12 @@ class CortexPoller(kombu_redis.MultiChannelPoller):
     """Stock, but with an event loop its channels fetch instead of BRPOP."""
 
     loop: Any = None
+    #: Whether messages were delivered before the poll that comes.
+    delivered = False
 
     def on_poll_start(self) -> None:
         """Stock, less what only matters where BRPOP is used. Called before each poll."""
+        self.delivered = False
         if self.loop is None:
             super().on_poll_start()
             return
@@ -337,7 +314,7 @@ class CortexPoller(kombu_redis.MultiChannelPoller):
             # One that consumes no queue any more still acknowledges.
             channel.qos.flush_acks()
             if channel.waited and channel.qos.can_consume():
-                channel.fetch_or_wait(self.loop)
+                self.delivered |= channel.fetch_or_wait(self.loop)
             # None once its connection is lost.
             if channel.active_fanout_queues and not channel._in_listen:
                 self._register_LISTEN(channel)
@@ -360,19 +337,38 @@ class CortexTransport(kombu_redis.Transport):
         self.cycle.loop = loop
         # A hub that was reset after a connection was lost is nobody's any more; events ask for it (see ``events``).
         set_event_loop(loop)
-        others = set(loop.on_tick)
+        others = {tick for tick in loop.on_tick if not (isinstance(tick, _Tick) and tick.is_over)}
         super().register_with_event_loop(connection, loop)
         # kombu's own tick adds its sockets to the poller anew each time, which refuses each of them.
         loop.on_tick &= others
-        loop.on_tick.add(partial(self._on_tick, loop))
+        loop.on_tick.add(_Tick(self, loop))
 
-    def _on_tick(self, loop: Any) -> None:
-        self.cycle.on_poll_start()
+
+class _Tick:
+    """What a transport does before each poll of a hub."""
+
+    def __init__(self, transport: CortexTransport, loop: Any) -> None:
+        self._transport, self._loop = transport, loop
+
+    @property
+    def is_over(self) -> bool:
+        """Whether the transport's connection was closed: kombu leaves its tick to the hub."""
+        return not self._transport.cycle._channels
+
+    def __call__(self) -> None:
+        loop, cycle = self._loop, self._transport.cycle
+        cycle.on_poll_start()
         readers = loop.readers
-        for fd in self.cycle.fds:
+        for fd in cycle.fds:
             # A new socket is in the poller already, by ``_register``, perhaps under the number of one that was closed.
             if fd not in readers or readers[fd][1] != (fd,):
-                loop.add_reader(fd, self.on_readable, fd)
+                loop.add_reader(fd, self._transport.on_readable, fd)
+        if cycle.delivered:
+            # A pool that looks here whether it has jobs to hand out (prefork) may have looked before they came: they
+            # would lie there until the poll ends, a second mostly.
+            for tick in loop.on_tick.copy():
+                if not isinstance(tick, _Tick):
+                    tick()
 
 
 def register_transport() -> str:

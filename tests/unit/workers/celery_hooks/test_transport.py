@@ -7,6 +7,7 @@ import socket
 import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -23,6 +24,7 @@ from tests.support.consuming import Consuming, consuming, message, push
 from tests.support.redis_server import RedisServer
 from tests.support.worker_process import poll_until
 from workers.celery_hooks import transport
+from workers.celery_hooks.reading import PlainMessage
 
 
 @pytest.fixture
@@ -157,7 +159,7 @@ def test_a_body_is_decoded_as_stock_does(body: str, given: dict[str, Any]) -> No
         except Exception as error:
             return type(error)
 
-    assert decoded(transport.PlainMessage) == decoded(virtual.Message)
+    assert decoded(PlainMessage) == decoded(virtual.Message)
 
 
 # ----------------------------------------------------------------------------------------------- waiting
@@ -461,3 +463,32 @@ def test_a_full_redis_hands_out_its_messages(tmp_path: Path) -> None:
         worker.turn_until(lambda: len(worker.messages) == 16, "the next ones")
         assert client.hlen("unacked") == 8
         assert left(client) == 4
+
+
+# ------------------------------------------------------------------------------------------- beside others
+
+
+def test_who_looked_for_messages_before_they_came_looks_again(redis_url: str, client: Any) -> None:
+    """As prefork's pool does; it would wait for the end of the poll otherwise, a second mostly."""
+    push(client, "a")
+    with consuming(redis_url, prefetch=2) as worker:
+        seen: dict[int, int] = {}
+
+        def look(number: int) -> None:
+            seen[number] = len(worker.messages)
+
+        # Some of them lie before the transport's own tick in the hub's set, some behind it.
+        worker.hub.on_tick |= {partial(look, number) for number in range(8)}
+        worker.turn()
+        assert seen == dict.fromkeys(range(8), 1)
+
+
+def test_a_closed_connection_leaves_nothing_to_the_hub(worker: Consuming, redis_url: str) -> None:
+    before = len(worker.hub.on_tick)
+    worker.connection.close()
+    for _ in range(3):
+        with Connection(redis_url, transport=transport.register_transport()) as again:
+            again.connect()
+            again.channel()
+            again.transport.register_with_event_loop(again.connection, worker.hub)
+            assert len(worker.hub.on_tick) == before
