@@ -1,7 +1,8 @@
 """The raw engine: the worker's own adapter in a process without any queue, commanded by a benchmark.
 
 What it reaches is the limit for a fleet on the same cores: texts tokenised at once, sorted by length, cut into batches
-of the size that is fastest here, with the threads that a worker would take, as calm and as well placed as there.
+of the size that is fastest here, with the threads that a worker would take, as calm and as well placed as there, and
+with memory and garbage kept as there.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from cortex_tasks.config import ModelConfig, load_fleet
 from cortex_tasks.payloads import EmbedParams
 from workers.adapters import Adapter, Item, LoadContext, adapter_class
 from workers.placement import Placement
-from workers.resources import calm_openmp, device, threads_for
+from workers.resources import calm_openmp, device, keep_memory, spare_garbage, threads_for
 from workers.store.sources import Snapshot, resolve
 
 _ALIAS: Final = "minilm"
@@ -34,6 +35,7 @@ _TRIALS: Final = 3
 _KINDS: Final = {"short": texts.short, "varied": texts.varied}
 
 calm_openmp()
+keep_memory()
 #: As a worker's: models load elsewhere, and its thread is placed while they compute.
 _runner = ThreadPoolExecutor(1)
 _placement = Placement()
@@ -97,6 +99,7 @@ def hello() -> dict[str, Any]:
         loader.submit(_prepared, warm).result()
     _runner.submit(_run, warm, _BUDGETS[0]).result()
     _runner.submit(encode, seed=-2, count=8).result()
+    spare_garbage()
     return {"threads": threads_for(None), "device": device(), "snapshot": str(_snapshot().path)}
 
 
@@ -130,6 +133,22 @@ def rate_apart(*, seed: int, count: int) -> dict[str, Any]:
         # The longest first: the last ones, which may leave a core idle, are short then.
         list(crew.executor.map(run, reversed(list(_batches(items, budget // crew.threads)))))
     return _rate(count, began_s)
+
+
+def stages(*, seed: int, count: int, chunk: int) -> dict[str, Any]:
+    """CPU microseconds a short text, on all threads of this process: to tokenise it, so many at a time, and what the
+    adapter does around a batch as large as the model's limits allow."""
+    adapter, source, limits = _adapter(), list(islice(texts.short(seed), count)), _config().batching.on(device())
+    began_s = time.process_time()
+    items = [item for first in range(0, count, chunk) for item in _prepared(source[first : first + chunk])]
+    tokenised_s = time.process_time()
+    for batch in _batches(sorted(items, key=lambda item: item.cost_tokens), limits.max_padded_tokens):
+        adapter.finish(_TASK, batch, adapter.forward(_TASK, batch, _PARAMS), _PARAMS)
+    ended_s = time.process_time()
+    return {
+        "tokenise_cpu_us": (tokenised_s - began_s) * 1e6 / count,
+        "around_cpu_us": (ended_s - tokenised_s) * 1e6 / count,
+    }
 
 
 def encode(*, seed: int, count: int) -> dict[str, Any]:
@@ -199,5 +218,7 @@ def _by_runner(command: Callable[..., Mapping[str, Any]]) -> Callable[..., Mappi
 
 
 if __name__ == "__main__":
-    by_runner = {command.__name__: _by_runner(command) for command in (budget, rate, rate_apart, encode, forward_ms)}
+    by_runner = {
+        command.__name__: _by_runner(command) for command in (budget, rate, rate_apart, stages, encode, forward_ms)
+    }
     serve(hello=hello, **by_runner)

@@ -43,6 +43,7 @@ FIELDS = {
         "single_flight_forwards",
     ),
     "startup": ("import_ms", "load_ms", "warm_ms", "first_answer_ms"),
+    "carry": ("carried_per_s", "cpu_us", "worker_cpu_us", "tokenise_cpu_us", "around_cpu_us", "cores_for_goal"),
     "gpu": ("raw_per_s", "map_per_s", "map_ratio", "workers", "clients"),
 }
 
@@ -119,6 +120,17 @@ def test_cache() -> None:
     figures = checked("cache", run("cache", "--json-only")[-1])
     # Whatever the speed: eight processes that ask for the same thousand texts have each computed once.
     assert figures["single_flight_forwards"] == 1000
+
+
+@pytest.mark.fleet
+@pytest.mark.models
+def test_what_a_gpu_would_cost_its_host() -> None:
+    lines = run("carry")
+    figures = checked("carry", lines[-1])
+    parts = sum(figures[f"{name}_cpu_us"] for name in ("client", "redis", "worker"))
+    assert figures["cpu_us"] == pytest.approx(parts, rel=0.01)
+    assert figures["cores_for_goal"] == pytest.approx(figures["cpu_us"] / 10, rel=0.01)
+    assert any(line.startswith("cores for 100,000 sentences a second") for line in lines)
 
 
 @pytest.mark.skipif(Path("/dev/nvidiactl").exists(), reason="a GPU is there")
