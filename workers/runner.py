@@ -147,19 +147,23 @@ class Runner(threading.Thread):
         if batch is not None and crew is None:
             self._run_guarded(batch)
 
-    def _run_apart(self, batch: Batch[Slot] | None, crew: Crew) -> None:
-        """On a thread of a crew: this batch, then the next ones, while they may run so."""
+    def _run_apart(self, batch: Batch[Slot], crew: Crew) -> None:
+        """On a thread of a crew: this batch. The next one, while it may run so, waits its turn behind whatever else the
+        threads were asked for meanwhile: a model that is being loaded warms up on them."""
+        follows: Batch[Slot] | None = None
         try:
-            while batch is not None:
-                self._run_guarded(batch, crew.threads)
-                with self._changed:
-                    may_run, whose = self._turn(self._apart - 1)
-                    go_on = may_run and whose == crew and not self._stopping
-                    batch = self._admission.take(crew.threads) if go_on else None
-        finally:
+            self._run_guarded(batch, crew.threads)
             with self._changed:
-                self._apart -= 1
-                self._changed.notify()
+                may_run, whose = self._turn(self._apart - 1)
+                if may_run and whose == crew and not self._stopping:
+                    follows = self._admission.take(crew.threads)
+        finally:
+            if follows is not None:
+                crew.executor.submit(self._run_apart, follows, crew)
+            else:
+                with self._changed:
+                    self._apart -= 1
+                    self._changed.notify()
 
     def _prepare(self) -> None:
         """The preparer: admit what arrives while a long pass runs."""

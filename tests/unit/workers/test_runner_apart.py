@@ -184,6 +184,21 @@ def test_what_comes_while_a_pass_runs_apart_takes_the_thread_that_is_free(bench:
         assert alone.thread == "runner-test"
 
 
+def test_others_who_need_the_threads_get_them_while_more_batches_wait(bench: Bench) -> None:
+    """A model that is being loaded warms up on them, and its first job waits for that."""
+    assert bench.adapter.crew is not None
+    bench.submit(job("many", *texts(*range(12))))
+    with bench.running():
+        first, second = bench.passes.wait_for(texts(0, 1), texts(2, 3))
+        parts = [bench.adapter.crew.executor.submit(threading.get_ident) for _ in range(2)]
+        first.may_end.set()
+        second.may_end.set()
+        for part in parts:
+            part.result(PATIENCE_S)
+        # They came before the next batches, of which there are two more after these.
+        bench.passes.wait_for(texts(4, 5), texts(6, 7))
+
+
 @pytest.mark.parametrize("kind", ["a suspect", "a model without a crew"])
 def test_what_must_run_by_itself_waits_for_the_passes_apart_and_none_joins_it(bench: Bench, kind: str) -> None:
     more = {"suspect": True} if kind == "a suspect" else {"model": "n"}
