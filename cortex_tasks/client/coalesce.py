@@ -9,20 +9,15 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Callable, Sequence
-from typing import Any, Final, Protocol
+from collections.abc import Coroutine, Sequence
+from typing import Any, Protocol
 
 from cortex_tasks.book import Ticket
-from cortex_tasks.client.core import Draft, Order, Plan
-from cortex_tasks.client.cuts import cut
+from cortex_tasks.client.core import Draft, Plan
+from cortex_tasks.client.seats import Group, LoopSeat, Pending, ThreadSeat, board, fail, grouped, together, unknown
 from cortex_tasks.errors import CortexError
 
 __all__ = ["LoopCoalescer", "ThreadCoalescer"]
-
-#: Inputs and characters of one message: few enough that one answer does not wait long for the others, and that
-#: several messages are in flight where many callers ask.
-GROUP_INPUTS: Final = 32
-GROUP_CHARS: Final = 32_768
 
 
 class ThreadLink(Protocol):
@@ -43,155 +38,39 @@ class LoopLink(Protocol):
     async def why_late(self, plan: Plan, waited_s: float) -> CortexError: ...
 
 
-class _Seat:
-    """One caller's place in a message."""
-
-    __slots__ = ("value",)
-
-    def __init__(self, value: Any) -> None:
-        self.value = value
-
-    def settle(self, outcome: Any) -> None:
-        """The caller's result, or the CortexError to raise."""
-        raise NotImplementedError
-
-
-class _ThreadSeat(_Seat):
-    __slots__ = ("_gate", "group", "outcome")
-
-    def __init__(self, value: Any) -> None:
-        super().__init__(value)
-        self.outcome: Any = None
-        #: None until a thread, this one or another, publishes it.
-        self.group: _Group | None = None
-        self._gate = threading.Lock()
-        self._gate.acquire()
-
-    def settle(self, outcome: Any) -> None:
-        if self.outcome is None:
-            self.outcome = outcome
-            self._gate.release()
-
-    def wait(self, timeout_s: float) -> bool:
-        return self._gate.acquire(timeout=min(timeout_s, threading.TIMEOUT_MAX))
-
-
-class _LoopSeat(_Seat):
-    __slots__ = ("future", "group")
-
-    def __init__(self, value: Any, future: asyncio.Future[Any]) -> None:
-        super().__init__(value)
-        self.future = future
-        #: None until it is published.
-        self.group: _Group | None = None
-
-    def settle(self, outcome: Any) -> None:
-        if self.future.done():
-            return
-        if isinstance(outcome, CortexError):
-            self.future.set_exception(outcome)
-        else:
-            self.future.set_result(outcome)
-
-
-class _Group(Ticket):
-    """The callers who share one message, and the ticket of its job."""
-
-    __slots__ = ("_on_settled", "left", "order", "seats")
-
-    def __init__(self, order: Order, seats: Sequence[_Seat], on_settled: Callable[[_Group], None]) -> None:
-        super().__init__(order.drafts[0].id)
-        self.order = order
-        self.seats = seats
-        #: Callers who have given up.
-        self.left = 0
-        self._on_settled = on_settled
-
-    def _wake(self) -> None:
-        self._on_settled(self)
-        assert self.outcome is not None
-        try:
-            items: Sequence[Any] = self.order.result([self.outcome]).items
-        except CortexError as error:
-            self.fail(error)
-            return
-        for seat, item in zip(self.seats, items, strict=True):
-            seat.settle(item)
-
-    def fail(self, error: CortexError) -> None:
-        """Each caller raises an error of its own, so that their tracebacks do not grow into one another."""
-        for seat in self.seats:
-            seat.settle(type(error)(error.message, error.details))
-
-
-class _Pending:
-    """Who waits to be published, by kind of job. Not thread-safe."""
-
-    def __init__(self) -> None:
-        self._kinds: dict[Any, tuple[Plan, list[Any]]] = {}
-
-    def add(self, plan: Plan, seat: _Seat) -> None:
-        key = (plan.envelope, plan.deadline_s, plan.timeout_s)
-        known = self._kinds.get(key)
-        if known is None:
-            self._kinds[key] = (plan, [seat])
-        else:
-            known[1].append(seat)
-
-    def take(self) -> list[tuple[Plan, list[Any]]]:
-        """Everyone, by kind of job."""
-        kinds, self._kinds = self._kinds, {}
-        return list(kinds.values())
-
-
-def _parts(plan: Plan, seats: list[Any]) -> list[list[Any]]:
-    """Seats in lists that fit in a message each."""
-    if len(seats) == 1:
-        return [seats]
-    most = min(GROUP_INPUTS, plan.limits.inputs_per_job)
-    return [seats[part] for part in cut([seat.value for seat in seats], most, GROUP_CHARS)]
-
-
-def _unknown(seats: list[Any], found: Sequence[Any]) -> list[Any]:
-    """The seats less those for which the cache ``found`` an answer, who get it."""
-    if not found:
-        return seats
-    for seat, item in zip(seats, found, strict=True):
-        if item is not None:
-            seat.settle(item)
-    return [seat for seat, item in zip(seats, found, strict=True) if item is None]
-
-
 class LoopCoalescer:
     """For the coroutines of one event loop."""
 
     def __init__(self, link: LoopLink) -> None:
         self._link = link
-        self._pending = _Pending()
+        self._pending = Pending()
         self._scheduled = False
         #: Held here until they are settled; with the task that publishes them.
-        self._riding: dict[_Group, asyncio.TimerHandle | None] = {}
+        self._riding: dict[Group, asyncio.TimerHandle | None] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         #: Who is being published, some of whom do not ride yet.
-        self._departing: list[list[_LoopSeat]] = []
+        self._departing: list[list[LoopSeat]] = []
 
     async def ask(self, plan: Plan, value: Any) -> Any:
         """The result of one checked input. Raises its error."""
         loop = asyncio.get_running_loop()
         future: asyncio.Future[Any] = loop.create_future()
-        seat = _LoopSeat(value, future)
+        seat = LoopSeat(value, future)
         self._pending.add(plan, seat)
         if not self._scheduled:
             self._scheduled = True
             # It begins at the loop's next turn: whoever asks before that rides along.
-            task = loop.create_task(self._depart())
-            self._tasks.add(task)
-            task.add_done_callback(self._tasks.discard)
+            self._start(self._depart())
         try:
             return await future
         except asyncio.CancelledError:
             self._leave(seat)
             raise
+
+    def _start(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.get_running_loop().create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
 
     async def _depart(self) -> None:
         self._scheduled = False
@@ -203,30 +82,33 @@ class LoopCoalescer:
         finally:
             self._departing.remove(departing)
 
-    async def _publish(self, parts: list[tuple[Plan, list[_LoopSeat]]]) -> None:
-        by_envelope: dict[Any, list[_Group]] = {}
+    async def _publish(self, parts: list[tuple[Plan, list[LoopSeat]]]) -> None:
+        made: list[Group] = []
         for plan, seats in parts:
-            for waiting in _parts(plan, await self._look_up(plan, seats)):
-                group = _Group(plan.order_checked([seat.value for seat in waiting]), waiting, self._settled)
-                for seat in waiting:
-                    seat.group = group
-                by_envelope.setdefault(plan.envelope, []).append(group)
-        for groups in by_envelope.values():
+            try:
+                groups = grouped(plan, await self._look_up(plan, seats), self._settled)
+            except Exception as error:
+                # Nobody else would tell these callers, whose clocks do not run yet.
+                fail(seats, error)
+                continue
+            board(groups)
+            made += groups
+        for groups in together(made):
             await self._push(groups)
 
-    async def _look_up(self, plan: Plan, seats: list[_LoopSeat]) -> list[_LoopSeat]:
+    async def _look_up(self, plan: Plan, seats: list[LoopSeat]) -> list[LoopSeat]:
         """Those who still wait once the cache was asked."""
         if plan.question is not None:
-            seats = _unknown(seats, await self._link.look_up(plan, [seat.value for seat in seats]))
+            seats = unknown(seats, await self._link.look_up(plan, [seat.value for seat in seats]))
         return [seat for seat in seats if not seat.future.done()]
 
-    async def _push(self, groups: list[_Group]) -> None:
+    async def _push(self, groups: list[Group]) -> None:
         loop = asyncio.get_running_loop()
         began_s = loop.time()
         self._riding.update(dict.fromkeys(groups))
         try:
             await self._link.publish(groups[0].order.plan, groups, [group.order.drafts[0] for group in groups])
-        except CortexError as error:
+        except Exception as error:
             self._link.forget(groups)
             for group in groups:
                 self._settled(group)
@@ -238,7 +120,7 @@ class LoopCoalescer:
             if group in self._riding and timeout_s < 1e9:
                 self._riding[group] = loop.call_at(began_s + timeout_s, self._late, group)
 
-    def _leave(self, seat: _LoopSeat) -> None:
+    def _leave(self, seat: LoopSeat) -> None:
         """A caller was cancelled; with the last one goes the interest in the answer."""
         group = seat.group
         if group is not None:
@@ -247,23 +129,22 @@ class LoopCoalescer:
                 self._settled(group)
                 self._link.forget([group])
 
-    def _settled(self, group: _Group) -> None:
+    def _settled(self, group: Group) -> None:
         timer = self._riding.pop(group, None)
         if timer is not None:
             timer.cancel()
 
-    def _late(self, group: _Group) -> None:
+    def _late(self, group: Group) -> None:
         """The time-out of a group: say why, which takes a look at Redis."""
         self._link.forget([group])
-        task = asyncio.get_running_loop().create_task(self._explain(group))
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+        self._start(self._explain(group))
 
-    async def _explain(self, group: _Group) -> None:
+    async def _explain(self, group: Group) -> None:
         plan = group.order.plan
+        error: Exception
         try:
             error = await self._link.why_late(plan, plan.timeout_s)
-        except CortexError as unavailable:
+        except Exception as unavailable:
             error = unavailable
         self._riding.pop(group, None)
         group.fail(error)
@@ -282,7 +163,7 @@ class LoopCoalescer:
             if timer is not None:
                 timer.cancel()
             for seat in group.seats:
-                assert isinstance(seat, _LoopSeat)
+                assert isinstance(seat, LoopSeat)
                 seat.future.cancel()
 
 
@@ -291,20 +172,20 @@ class ThreadCoalescer:
 
     def __init__(self, link: ThreadLink) -> None:
         self._link = link
-        self._pending = _Pending()
+        self._pending = Pending()
         self._lock = threading.Lock()
         self._publishing = threading.Lock()
-        self._riding: set[_Group] = set()
+        self._riding: set[Group] = set()
 
     def ask(self, plan: Plan, value: Any) -> Any:
         """The result of one checked input. Raises its error."""
-        seat = _ThreadSeat(value)
+        seat = ThreadSeat(value)
         with self._lock:
             self._pending.add(plan, seat)
         with self._publishing:
             # Whoever publishes takes everyone who came meanwhile; those then find themselves taken.
             if seat.group is None and seat.outcome is None:
-                self._depart()
+                self._depart(seat)
         try:
             if not seat.wait(plan.timeout_s):
                 raise self._link.why_late(plan, plan.timeout_s)
@@ -315,35 +196,39 @@ class ThreadCoalescer:
             raise seat.outcome
         return seat.outcome
 
-    def _depart(self) -> None:
+    def _depart(self, own: ThreadSeat) -> None:
+        """Publish everyone who waits. ``own``: of the thread that does."""
         with self._lock:
             kinds = self._pending.take()
+        made: list[Group] = []
         try:
-            unknown = [(plan, self._look_up(plan, seats)) for plan, seats in kinds]
+            for plan, seats in kinds:
+                made += grouped(plan, self._look_up(plan, seats), self._riding.discard)
         except BaseException:
             # Ctrl-C in this thread: each of the others, who wait for their turn, publishes for itself.
             with self._lock:
                 for plan, seats in kinds:
                     for seat in seats:
-                        self._pending.add(plan, seat)
+                        if seat is not own:
+                            self._pending.add(plan, seat)
             raise
-        by_envelope: dict[Any, list[_Group]] = {}
-        for plan, everyone in unknown:
-            for seats in _parts(plan, everyone):
-                group = _Group(plan.order_checked([seat.value for seat in seats]), seats, self._riding.discard)
-                for seat in seats:
-                    seat.group = group
-                by_envelope.setdefault(plan.envelope, []).append(group)
-        for groups in by_envelope.values():
-            self._push(groups)
+        board(made)
+        waiting = together(made)
+        try:
+            while waiting:
+                self._push(waiting.pop(0))
+        except BaseException as error:
+            for group in (group for groups in waiting for group in groups):
+                group.fail(error)
+            raise
 
-    def _look_up(self, plan: Plan, seats: list[_ThreadSeat]) -> list[_ThreadSeat]:
+    def _look_up(self, plan: Plan, seats: list[ThreadSeat]) -> list[ThreadSeat]:
         """Those who still wait once the cache was asked."""
         if plan.question is None:
             return seats
-        return _unknown(seats, self._link.look_up(plan, [seat.value for seat in seats]))
+        return unknown(seats, self._link.look_up(plan, [seat.value for seat in seats]))
 
-    def _leave(self, seat: _ThreadSeat) -> None:
+    def _leave(self, seat: ThreadSeat) -> None:
         """A caller gives up; with the last one goes the interest in the answer."""
         group = seat.group
         if group is None:
@@ -355,7 +240,7 @@ class ThreadCoalescer:
             self._riding.discard(group)
             self._link.forget([group])
 
-    def _push(self, groups: list[_Group]) -> None:
+    def _push(self, groups: list[Group]) -> None:
         self._riding.update(groups)
         try:
             self._link.publish(groups[0].order.plan, groups, [group.order.drafts[0] for group in groups])
@@ -365,7 +250,7 @@ class ThreadCoalescer:
             if not isinstance(error, CortexError):
                 # Ctrl-C in the thread that publishes: the others are not left waiting.
                 for group in groups:
-                    group.fail(CortexError(f"the thread that published this was interrupted: {type(error).__name__}"))
+                    group.fail(error)
                 raise
             for group in groups:
                 group.fail(error)

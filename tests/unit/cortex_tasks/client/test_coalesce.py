@@ -6,11 +6,21 @@ import asyncio
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import pytest
 
-from cortex_tasks import BrokerUnavailable, InferenceFailed, InvalidInput, QueueFull, ResultTimeout, testing
-from cortex_tasks.client import coalesce
+from cortex_tasks import (
+    BrokerUnavailable,
+    CortexError,
+    InferenceFailed,
+    InvalidInput,
+    QueueFull,
+    ResultTimeout,
+    testing,
+)
+from cortex_tasks.client import seats
+from cortex_tasks.client.core import Order
 from cortex_tasks.echo import FAIL, echo_vector
 from cortex_tasks.testing import LocalFleet
 from tests.support.worker_process import poll_until
@@ -54,7 +64,7 @@ async def test_kinds_do_not_mix(fleet: LocalFleet) -> None:
 async def test_long_texts_do_not_pile_up_in_one_message(fleet: LocalFleet) -> None:
     async with fleet.aclient() as client:
         await asyncio.gather(*(client.embed(f"{n}" + "x" * 9_000) for n in range(8)))
-    assert max(sum(map(len, job.inputs)) for job in fleet.jobs) <= coalesce.GROUP_CHARS
+    assert max(sum(map(len, job.inputs)) for job in fleet.jobs) <= seats.GROUP_CHARS
 
 
 async def test_a_bad_input_is_its_callers_own_error(fleet: LocalFleet) -> None:
@@ -91,6 +101,37 @@ async def test_a_failed_push_fails_each_caller_with_an_error_of_its_own(fleet: L
     assert [type(error) for error in full] == [QueueFull] * 3
     assert [type(error) for error in down] == [BrokerUnavailable] * 3
     assert len({id(error) for error in full}) == 3
+
+
+@pytest.mark.parametrize("step", ["look_up", "publish"])
+async def test_an_error_that_is_not_ours_reaches_each_caller(
+    fleet: LocalFleet, monkeypatch: pytest.MonkeyPatch, step: str
+) -> None:
+    """A library's TypeError, or a defect: nobody waits on for an answer that cannot come."""
+
+    async def breaks(*_: object) -> None:
+        raise TypeError("unexpected keyword")
+
+    async with fleet.aclient() as client:
+        await client.embed("warm")
+        link = client._link()
+        monkeypatch.setattr(*((link.singles, "_look_up") if step == "look_up" else (link, "publish")), breaks)
+        calls = asyncio.gather(*(client.embed(f"{n}") for n in range(3)), return_exceptions=True)
+        errors = await asyncio.wait_for(calls, 10)
+    assert [type(error) for error in errors] == [CortexError] * 3
+    assert all("TypeError: unexpected keyword" in str(error) for error in errors)
+
+
+async def test_an_answer_that_cannot_be_read_reaches_its_caller(
+    fleet: LocalFleet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def breaks(*_: object) -> None:
+        raise LookupError("no result")
+
+    async with fleet.aclient() as client:
+        monkeypatch.setattr(Order, "result", breaks)
+        with pytest.raises(CortexError, match="LookupError: no result"):
+            await asyncio.wait_for(client.embed("x"), 10)
 
 
 async def test_every_caller_times_out(fleet: LocalFleet) -> None:
@@ -139,6 +180,48 @@ def test_threads_share_the_message_that_waits_behind_a_slow_publish(
         for text, future in others.items():
             assert future.result(10).vector == pytest.approx(echo_vector(text), abs=1e-6)
     assert [len(job.inputs) for job in fleet.jobs] == [1, 1, 20]
+
+
+def test_a_thread_that_fails_leaves_no_seat_behind(fleet: LocalFleet, monkeypatch: pytest.MonkeyPatch) -> None:
+    client = fleet.client()
+    client.embed("warm")
+    singles = client._link().singles
+
+    def breaks(*_: object) -> None:
+        raise TypeError("unexpected keyword")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(singles, "_look_up", breaks)
+        with pytest.raises(TypeError):
+            client.embed("lost")
+    client.embed("next")
+    assert [[*job.inputs] for job in fleet.jobs] == [["warm"], ["next"]]
+
+
+def test_ctrl_c_in_the_thread_that_publishes_is_told_to_those_who_were_to_follow(
+    fleet: LocalFleet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    client = fleet.client(timeout_s=60)
+    client.embed("warm")
+    link = client._link()
+    singles, real = link.singles, link.publish
+    published: list[object] = []
+
+    def interrupted(*arguments: object) -> None:
+        published.append(arguments)
+        if len(published) == 1:
+            raise KeyboardInterrupt
+        real(*arguments)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(link, "publish", interrupted)
+    kinds: list[dict[str, Any]] = [{}, {"lane": "bulk"}, {"normalize": False}]
+    with ThreadPoolExecutor(3) as threads:
+        with singles._publishing:
+            calls = [threads.submit(client.embed, f"{n}", **kind) for n, kind in enumerate(kinds)]
+            poll_until(lambda: len(singles._pending._kinds) == 3, "three kinds in line")
+        errors = [call.exception(10) for call in calls]
+    assert sorted(type(error).__name__ for error in errors) == ["CortexError", "CortexError", "KeyboardInterrupt"]
+    assert len(published) == 1
 
 
 def test_many_threads_never_cross(fleet: LocalFleet) -> None:
