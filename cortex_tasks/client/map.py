@@ -10,7 +10,6 @@ import math
 import time
 from collections import deque
 from collections.abc import AsyncIterable, AsyncIterator, Callable, Iterable, Iterator, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final, Generic, Literal, TypeVar
 
@@ -20,7 +19,7 @@ from cortex_tasks.client.core import Draft, Order, Plan, Sifted
 from cortex_tasks.client.cuts import JOB_CHARS
 from cortex_tasks.client.progress import Progress
 from cortex_tasks.client.stretch import stretched
-from cortex_tasks.errors import BrokerUnavailable, InvalidParameter
+from cortex_tasks.errors import InvalidParameter
 from cortex_tasks.payloads import Result
 
 if TYPE_CHECKING:
@@ -38,6 +37,8 @@ _LINGER_S: Final = 0.05
 #: Within so long the first chunk is mostly there. What else is answered, which takes a look at every chunk, is counted
 #: only for longer waits.
 _BRIEF_S: Final = 0.25
+#: A source that does not end when it is cancelled is cancelled anew after this.
+_CANCEL_AGAIN_S: Final = 0.05
 
 K = TypeVar("K", bound=Ticket)
 
@@ -89,8 +90,12 @@ class Window(Generic[K]):
         #: Jobs are read and published so many at a time, once there is room for them.
         self.step = max(1, self.jobs // 4)
         self.exhausted = False
+        #: The source's own, raised once what came before it is handed out.
+        self.source_error: BaseException | None = None
         self.retry_at = 0.0
         self.chunks: deque[Chunk[K]] = deque()
+        #: What published last.
+        self.carrier: Any = None
         #: What was read and is to be looked up; see ``place``.
         self.fresh: list[Sifted] = []
         self._unsent: list[Chunk[K]] = []
@@ -128,18 +133,22 @@ class Window(Generic[K]):
         """Read up to ``step`` chunks, fewer from a slow source."""
         until = self.clock() + _LINGER_S
         for _ in range(self.step):
-            self.add(self._take(source, until))
+            self.add(self.take(source, until))
             if self.exhausted or self.clock() > until:
                 return
 
-    def _take(self, source: Iterator[Any], until: float) -> list[Any]:
+    def take(self, source: Iterator[Any], until: float = math.inf) -> list[Any]:
+        """The inputs of the next chunk; those that came before the source's own error, if it raises one."""
         inputs: list[Any] = []
         chars = 0
-        for value in source:
-            inputs.append(value)
-            chars += len(value) if isinstance(value, str) else 0
-            if len(inputs) == self.chunk or chars > self.chars or self.clock() > until:
-                break
+        try:
+            for value in source:
+                inputs.append(value)
+                chars += len(value) if isinstance(value, str) else 0
+                if len(inputs) == self.chunk or chars > self.chars or self.clock() > until:
+                    break
+        except Exception as error:
+            self.source_error, self.exhausted = error, True
         return inputs
 
     def unsent(self) -> list[Chunk[K]]:
@@ -193,6 +202,8 @@ def stream(client: Cortex, flow: Window[ThreadTicket], inputs: Iterable[Any], pr
         while True:
             _fill(client, flow, source)
             if not flow.chunks:
+                if flow.source_error is not None:
+                    raise flow.source_error
                 return
             first = flow.chunks[0]
             if not first.sent:
@@ -206,8 +217,7 @@ def stream(client: Cortex, flow: Window[ThreadTicket], inputs: Iterable[Any], pr
     finally:
         progress.close()
         if unfinished := flow.unfinished():
-            with suppress(BrokerUnavailable):
-                client._link().wire.revoke(unfinished)
+            client._revoke(flow.carrier, unfinished)
 
 
 def _fill(client: Cortex, flow: Window[ThreadTicket], source: Iterator[Any]) -> None:
@@ -230,7 +240,7 @@ def _publish(client: Cortex, flow: Window[ThreadTicket]) -> None:
     chunks = flow.unsent()
     if not chunks:
         return
-    link = client._link()
+    link = flow.carrier = client._link()
     link.replies.watch([chunk.ticket for chunk in chunks if chunk.ticket is not None])
     pushed, depth = link.wire.push(flow.plan.envelope, [chunk.draft.message for chunk in chunks], partial=True)
     flow.pushed(pushed)
@@ -259,6 +269,7 @@ class _Inlet:
         self._ended = False
         self._error: BaseException | None = None
         self._room = asyncio.Event()
+        self._closing = False
         #: Set while there is something to take, the source's end included.
         self.ready = asyncio.Event()
         self._task = asyncio.create_task(self._read(source), name="cortex-map-source")
@@ -268,30 +279,39 @@ class _Inlet:
             async for value in source:
                 self._buffer.append(value)
                 self.ready.set()
+                if self._closing:
+                    return
                 if len(self._buffer) >= self._ahead:
                     self._room.clear()
                     await self._room.wait()
-        except Exception as error:
-            # The source's own error: whoever reads the stream gets it.
+        except (Exception, asyncio.CancelledError) as error:
+            # The source's own error (it may have been cancelled itself): whoever reads the stream gets it.
             self._error = error
         finally:
             self._ended = True
             self.ready.set()
 
     def fill(self, flow: Window[Any]) -> None:
-        """Give the window what is there, as far as it wants it. Raises the source's own error, at its place."""
+        """Give the window what is there, as far as it wants it; the source's own error last."""
         while flow.wants() and (self._buffer or self._ended):
-            if not self._buffer and self._error is not None:
-                raise self._error
-            flow.add([self._buffer.popleft() for _ in range(min(flow.chunk, len(self._buffer)))])
+            if not self._buffer:
+                flow.source_error = self._error
+            flow.add(flow.take(self._taken()))
         if len(self._buffer) < self._ahead:
             self._room.set()
         if not self._buffer and not self._ended:
             self.ready.clear()
 
+    def _taken(self) -> Iterator[Any]:
+        while self._buffer:
+            yield self._buffer.popleft()
+
     async def close(self) -> None:
-        self._task.cancel()
-        await asyncio.gather(self._task, return_exceptions=True)
+        self._closing = True
+        while not self._task.done():
+            # Again and again: ``asyncio.wait_for`` of Python 3.11, which many a source uses, may swallow one.
+            self._task.cancel()
+            await asyncio.wait({self._task}, timeout=_CANCEL_AGAIN_S)
 
 
 async def _aiter(inputs: Iterable[Any]) -> AsyncIterator[Any]:
@@ -320,11 +340,15 @@ async def astream(
                 progress.add(len(found))
                 for item in found:
                     yield item
+        if flow.source_error is not None:
+            raise flow.source_error
     finally:
         progress.close()
-        # First of all: the client may be closing by now.
-        await link.leave(flow, flow.unfinished())
-        await inlet.close()
+        try:
+            # First of all: the client may be closing by now.
+            await link.leave(flow, flow.unfinished())
+        finally:
+            await inlet.close()
 
 
 async def _something(client: AsyncCortex, flow: Window[LoopTicket], inlet: _Inlet) -> None:

@@ -6,6 +6,7 @@ import os
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
 from types import TracebackType
 from typing import Any, Literal, Self, TypeVar, Unpack, overload
 from weakref import WeakSet
@@ -20,7 +21,7 @@ from cortex_tasks.client.jobs import Job
 from cortex_tasks.client.map import Window, stream
 from cortex_tasks.client.progress import Progress
 from cortex_tasks.config import FleetConfig
-from cortex_tasks.errors import CortexError
+from cortex_tasks.errors import BrokerUnavailable, CortexError
 from cortex_tasks.inputs import is_single
 from cortex_tasks.payloads import CachePolicy, Lane
 from cortex_tasks.replies import Replies
@@ -303,6 +304,16 @@ class Cortex:
             if self._current is None:
                 self._current = _Link(self._wire(), self._core(), self._cache())
             return self._current
+
+    def _revoke(self, carrier: object, job_ids: Sequence[str]) -> None:
+        """Tell the workers to drop jobs that ``carrier`` published, unless it is another process' link or was closed.
+
+        Without the lock: the garbage collector may end a stream while this thread makes a link.
+        """
+        link = self._current
+        if link is not None and link is carrier:
+            with suppress(BrokerUnavailable):
+                link.wire.revoke(job_ids)
 
     def _ask(self, task: str, inputs: Any, options: dict[str, Any]) -> Any:
         link = self._link()

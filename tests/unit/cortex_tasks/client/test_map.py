@@ -6,6 +6,7 @@ import asyncio
 import io
 import threading
 from collections.abc import AsyncIterator, Iterator
+from contextlib import suppress
 from typing import Any
 
 import pytest
@@ -132,13 +133,41 @@ def test_leaving_early_cancels_what_has_not_started_in_one_broadcast(fleet: Loca
     assert len(fleet.jobs) < 100
 
 
-def test_an_error_of_the_source_is_the_callers(fleet: LocalFleet) -> None:
-    def broken() -> Iterator[str]:
-        yield "a"
-        raise OSError("disk")
+def test_a_stream_cancels_nothing_of_another_link(fleet: LocalFleet) -> None:
+    """A forked child that leaves the loop body, or a client that was closed meanwhile: these jobs are not its own."""
+    client = fleet.client()
+    stream = client.map("embed", Source(1_000), "echo", chunk=1, window=8)
+    next(stream)
+    fleet.hold()
+    while len(fleet._waiting) == 0:
+        next(stream)
+    client._after_fork()
+    assert client._link() is not None
+    stream.close()  # type: ignore[attr-defined]
+    assert fleet.revoked == []
 
+
+def test_an_error_of_the_source_comes_behind_the_answers_before_it(fleet: LocalFleet) -> None:
+    class Broken:
+        """Unlike a generator it would go on."""
+
+        def __init__(self) -> None:
+            self.count = 0
+
+        def __iter__(self) -> Iterator[str]:
+            return self
+
+        def __next__(self) -> str:
+            self.count += 1
+            if self.count == 101:
+                raise OSError("disk")
+            return f"text {self.count}"
+
+    found: list[Any] = []
     with pytest.raises(OSError, match="disk"):
-        list(fleet.client().map("embed", broken(), chunk=1))
+        found.extend(fleet.client().map("embed", Broken(), chunk=8))
+    assert len(found) == 100
+    assert sum(len(job.inputs) for job in fleet.jobs) == 100
 
 
 def test_nobody_there_to_answer_is_said(fleet: LocalFleet) -> None:
@@ -239,15 +268,63 @@ async def test_async_map_bundles_what_is_there(fleet: LocalFleet) -> None:
     assert len(fleet.jobs) < 100
 
 
-async def test_async_map_raises_its_sources_error_at_its_place(fleet: LocalFleet) -> None:
+@pytest.mark.parametrize("error", [OSError("disk"), asyncio.CancelledError("its own helper was cancelled")])
+async def test_async_map_raises_its_sources_error_at_its_place(fleet: LocalFleet, error: BaseException) -> None:
     async def broken() -> AsyncIterator[str]:
-        yield "a"
-        raise OSError("disk")
+        for number in range(100):
+            yield f"text {number}"
+        raise error
+
+    found: list[Any] = []
+
+    async def read(stream: AsyncIterator[Any]) -> None:
+        async for item in stream:
+            found.append(item)
 
     async with fleet.aclient() as client:
-        stream = client.map("embed", broken(), chunk=1)
-        with pytest.raises(OSError, match="disk"):
-            [item async for item in stream]
+        with pytest.raises(type(error)):
+            await read(client.map("embed", broken(), chunk=8))
+    assert len(found) == 100
+
+
+async def test_async_map_ends_chunks_of_long_texts_early(fleet: LocalFleet) -> None:
+    async def source() -> AsyncIterator[str]:
+        for number in range(64):
+            yield f"{number} " + "x" * 9_000
+
+    async with fleet.aclient() as client:
+        assert len([item async for item in client.map("embed", source(), "echo")]) == 64
+    assert max(len(job.inputs) for job in fleet.jobs) == 8
+
+
+@pytest.mark.parametrize("leave", ["at once", "cancelled in between"])
+async def test_a_source_that_swallows_a_cancellation_ends_all_the_same(
+    fleet: LocalFleet, monkeypatch: pytest.MonkeyPatch, leave: str
+) -> None:
+    ended = asyncio.Event()
+
+    async def source() -> AsyncIterator[str]:
+        yield "a"
+        try:
+            with suppress(asyncio.CancelledError):
+                await asyncio.Event().wait()
+            await asyncio.Event().wait()
+        finally:
+            ended.set()
+
+    async with fleet.aclient() as client:
+        stream = client.map("embed", source(), "echo")
+        await anext(stream)
+        link = client._link()
+
+        async def cancelled(*_: object) -> None:
+            raise asyncio.CancelledError
+
+        if leave == "cancelled in between":
+            monkeypatch.setattr(link, "leave", cancelled)
+        with suppress(asyncio.CancelledError):
+            await asyncio.wait_for(stream.aclose(), 10)  # type: ignore[attr-defined]
+        assert ended.is_set()
 
 
 async def test_leaving_an_async_map_cancels_what_has_not_started(fleet: LocalFleet) -> None:
