@@ -53,11 +53,14 @@ class LeasedQoS(kombu_redis.QoS):
         self.settled: set[str] = set()
         #: Tags of the bulk messages that are held.
         self.bulk: set[str] = set()
+        #: Tags of those with a time before which they do not run; they count as bulk no more.
+        self.scheduled: set[str] = set()
         self._quick_ack = self._settled
         _live.add(self)
 
     def _settled(self, delivery_tag: str) -> None:
         self.bulk.discard(delivery_tag)
+        self.scheduled.discard(delivery_tag)
         self._dirty.add(delivery_tag)
 
     @property
@@ -102,6 +105,7 @@ class LeasedQoS(kombu_redis.QoS):
         self.recorded.discard(delivery_tag)
         self.settled.discard(delivery_tag)
         self.bulk.discard(delivery_tag)
+        self.scheduled.discard(delivery_tag)
         if delivery_tag in self._delivered:
             self._quick_ack(delivery_tag)
 

@@ -91,6 +91,10 @@ class BatchingPool(BasePool):
         ``patience_s``: how long to wait for a Redis that is away; after that the leases run out and other workers
         answer the jobs again.
         """
+        if patience_s and worker_state.should_terminate is not None:
+            # A cold shutdown, which Celery begins within the signal's handler: the hub's thread may be sending answers,
+            # and cannot wait for itself. ``on_terminate`` follows at its next turn.
+            return
         self._answers.draining = True
         runners = self.app.cortex.stop_runners()
         while any(runner.is_alive() for runner in runners):
@@ -146,6 +150,7 @@ class BatchingPool(BasePool):
         )
         if not (isinstance(task_id, str) and isinstance(given, list | tuple) and isinstance(named, dict)):
             raise TypeError("a job's id must be a text, its arguments a list and a mapping")
+        task_id.encode()  # a lone surrogate would break the storing of everybody's answers
         if not isinstance(callbacks, dict | None):
             raise TypeError("a job's callbacks must be a mapping")
         self._tickets[ticket.number] = ticket
@@ -243,6 +248,9 @@ class BatchingPool(BasePool):
         if request._terminate_on_ack is not None:
             self._answers.accept([ticket])
             self._settle_unrun(ticket)
+            if not request._already_revoked:
+                # That could not be told: it comes again when its lease ends.
+                leases.let_go(request.message)
         elif request.revoked():
             self._settle_unrun(ticket)
         elif not self._answers.draining:

@@ -2,7 +2,7 @@
 
 The scripts and the waits are in ``fetching``; here is when they are used. One connection a waited-for list; lists of
 the priorities in between are looked at whenever a wait ends. Touches kombu 5.7's ``redis.Channel``,
-``MultiChannelPoller`` and ``_put_fanout``.
+``MultiChannelPoller`` and its ``_in_protected_read``, ``_put_fanout``, and the hub's ``_ready`` and ``_waker``.
 """
 
 from __future__ import annotations
@@ -161,9 +161,7 @@ class CortexChannel(kombu_redis.Channel):
     def _take(self, taken: Sequence[Fetched]) -> None:
         self._delivered += len(taken)
         for queue, is_bulk, tag, raw in taken:
-            if is_bulk:
-                self.qos.bulk.add(tag)
-            self._deliver(queue, tag, raw)
+            self._deliver(queue, is_bulk, tag, raw)
         if taken:
             self._queue_cycle.rotate(taken[-1].queue)
 
@@ -175,7 +173,8 @@ class CortexChannel(kombu_redis.Channel):
             return _FETCH_MAX, _FETCH_MAX
         promised = self._promises()
         room = max(0, room - sum([fetch.room for fetch in promised]))
-        prefetch = qos.prefetch_count
+        # Celery makes room of its own for each job that waits for its time.
+        prefetch = max(1, qos.prefetch_count - len(qos.scheduled))
         share = max(1, prefetch - max(1, round(prefetch * _INTERACTIVE_SHARE)))
         bulk_room = max(0, share - len(qos.bulk) - sum([fetch.bulk_room for fetch in promised]))
         return min(room, _FETCH_MAX), bulk_room
@@ -183,24 +182,35 @@ class CortexChannel(kombu_redis.Channel):
     def _promises(self) -> list[Fetch]:
         return [wait.fetch for wait in self._waits.values() if wait.fetch is not None]
 
-    def _deliver(self, queue: str, tag: str, raw: bytes) -> None:
+    def _deliver(self, queue: str, is_bulk: bool, tag: str, raw: bytes) -> None:
         """Hand a message to its consumer. One that breaks its reading is parked: its neighbours come through."""
-        self.qos.recorded.add(tag)
+        qos = self.qos
+        qos.recorded.add(tag)
+        if is_bulk:
+            qos.bulk.add(tag)
         try:
             message = read_json(raw)
             message["properties"]["delivery_tag"] = tag
+            headers = message.get("headers")
+            if isinstance(headers, dict) and headers.get("eta"):
+                qos.scheduled.add(tag)
+                qos.bulk.discard(tag)
             self.connection._deliver(message, queue)
         except ResponseError as error:
             # Nothing is wrong with the message: it comes again when its lease ends.
-            self.qos.let_go(tag)
+            qos.let_go(tag)
             self._back_off(error)
         except (RedisError, OSError):
             raise
         except Exception as error:
-            self.qos.let_go(tag)
+            qos.let_go(tag)
             malformed.forget_request(raw, tag)
-            with self.conn_or_acquire() as client:
-                malformed.park(client, (self.unacked_key, self.unacked_index_key), queue, tag, raw, error)
+            try:
+                with self.conn_or_acquire() as client:
+                    malformed.park(client, (self.unacked_key, self.unacked_index_key), queue, tag, raw, error)
+            except ResponseError as refusal:
+                # It comes again when its lease ends.
+                self._back_off(refusal)
 
     # ----------------------------------------------------------------------------------- waiting
 
@@ -307,7 +317,10 @@ class CortexPoller(kombu_redis.MultiChannelPoller):
     def on_poll_start(self) -> None:
         """Stock, less what only matters where BRPOP is used. Called before each poll."""
         self.delivered = False
-        if self.loop is None:
+        if self.loop is None or self._in_protected_read:
+            # ``drain_events``, as Celery's mingle also calls it while the loop stands still.
+            for channel in self._channels:
+                channel.qos.flush_acks()
             super().on_poll_start()
             return
         for channel in self._channels:
@@ -369,6 +382,9 @@ class _Tick:
             for tick in loop.on_tick.copy():
                 if not isinstance(tick, _Tick):
                     tick()
+            if loop._ready:
+                # What was called soon meanwhile (jobs that expired are acknowledged so) makes room for the next ones.
+                loop._waker.wake()
 
 
 def register_transport() -> str:

@@ -97,11 +97,12 @@ def test_a_job_that_breaks_its_reading_is_answered(bench: PoolBench, monkeypatch
         ("a", ([], [1], {})),
         ("a", ([], {"inputs": ["x"]}, [1])),
         ("a", ([], {"inputs": ["x"]}, 5)),
+        ("\ud800", ([], {"inputs": ["x"]}, {})),
     ],
 )
 def test_what_celery_could_not_settle_is_left_to_the_transport(bench: PoolBench, job_id: Any, payload: Any) -> None:
     """It parks what raises here."""
-    with pytest.raises(TypeError):
+    with pytest.raises((TypeError, UnicodeEncodeError)):
         bench.send(job_id, payload=payload)
     assert bench.pool.in_flight() == {}
 
@@ -303,6 +304,35 @@ def test_a_stop_does_not_wait_for_ever_for_redis(bench: PoolBench, monkeypatch: 
         bench.turn_until(lambda: len(bench.traced) == 1)
         bench.pool.on_terminate()
     assert not request.acknowledged
+
+
+def test_a_cold_shutdown_does_nothing_within_the_signals_handler(
+    bench: PoolBench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Celery stops the pool there, perhaps in the middle of what a stop would wait for."""
+    request = bench.send("a", "x")
+    monkeypatch.setattr(worker_state, "should_terminate", True)
+    with monkeypatch.context() as patched:
+        patched.setattr(BatchedRedisBackend, "flush", lambda self: raise_(AssertionError("it would deadlock")))
+        bench.pool.on_stop()
+        assert request.log == []
+    bench.pool.on_terminate()
+    assert request.log in (["accepted", "success", "acknowledged"], ["given back"])
+
+
+def test_a_terminate_that_cannot_be_told_leaves_the_job_to_its_lease(
+    bench: PoolBench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    held = bench.hold("held")
+    waits = PoolRequest(bench, "waits", "never")
+    ticket = bench.apply(waits)
+    let_go: list[Any] = []
+    monkeypatch.setattr(pool_module.leases, "let_go", let_go.append)
+    waits.on_start = lambda: raise_(redis.ResponseError("OOM"))
+    waits.terminate(ticket)
+    bench.adapter.gate.set()
+    bench.turn_until(lambda: held.returned and not bench.pool.in_flight())
+    assert (waits.log, let_go) == ([], [waits.message])
 
 
 # --------------------------------------------------------------------------------------------------- shown

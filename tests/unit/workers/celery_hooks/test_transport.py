@@ -16,11 +16,12 @@ import pytest
 import redis
 from kombu import Connection, Exchange, Queue
 from kombu.asynchronous import get_event_loop
+from kombu.asynchronous.hub import _Waker
 from kombu.transport import redis as kombu_redis
 from kombu.transport import virtual
 
 from cortex_tasks.codec import queue_key, queue_keys
-from tests.support.consuming import Consuming, consuming, message, push
+from tests.support.consuming import PATIENCE_S, Consuming, consuming, message, push
 from tests.support.redis_server import RedisServer
 from tests.support.worker_process import poll_until
 from workers.celery_hooks import transport
@@ -492,3 +493,87 @@ def test_a_closed_connection_leaves_nothing_to_the_hub(worker: Consuming, redis_
             again.channel()
             again.transport.register_with_event_loop(again.connection, worker.hub)
             assert len(worker.hub.on_tick) == before
+
+
+def test_what_is_called_soon_in_the_hubs_turn_ends_its_poll(
+    redis_url: str, client: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So are jobs acknowledged that expired: the next ones find room at once, not after half a second."""
+    woken: list[Any] = []
+    real = _Waker.wake
+    monkeypatch.setattr(_Waker, "wake", lambda self: (woken.append(self), real(self)))
+    push(client, "a")
+    with consuming(redis_url, prefetch=1) as worker:
+        done: list[Any] = []
+
+        def received(one: Any) -> None:
+            worker.messages.append(one)
+            worker.hub.call_soon(done.append, one)
+
+        worker.consumer.on_message = received
+        worker.turn()
+        assert (worker.names, done, woken) == (["a"], [], [worker.hub._waker])
+        worker.turn()
+        assert done == worker.messages
+        assert len(woken) == 1
+
+
+def test_jobs_that_wait_for_their_time_take_no_place_of_bulk(redis_url: str, client: Any) -> None:
+    """Celery makes a place more for each of them."""
+
+    def later(name: str) -> bytes:
+        raw = json.loads(message(name, 9))
+        raw["headers"]["eta"] = "2099-01-01T00:00:00+00:00"
+        return json.dumps(raw).encode()
+
+    with consuming(redis_url, prefetch=4) as worker:
+        qos = worker.channel.qos
+
+        def received(one: Any) -> None:
+            worker.messages.append(one)
+            qos.prefetch_count += bool(one.headers.get("eta"))
+
+        worker.consumer.on_message = received
+        client.lpush(queue_key("q", 9), *(later(f"later {n}") for n in range(40)))
+        worker.turn_until(lambda: len(worker.messages) == 40, "all that are for later")
+        push(client, "now", "then", "next", "too many", priority=9)
+        worker.turn_until(lambda: len(worker.messages) == 43, "as many as bulk may have")
+        worker.turn(3)
+        assert worker.names[40:] == ["now", "then", "next"]
+        for one in worker.messages:
+            one.ack()
+        worker.turn_until(lambda: "too many" in worker.names, "the last one")
+        assert qos.scheduled == set()
+
+
+def test_what_redis_refuses_to_park_waits_for_its_lease(
+    worker: Consuming, client: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    worker.turn(3)
+    refused: list[Any] = []
+
+    def full(*arguments: Any) -> None:
+        refused.append(arguments)
+        raise redis.ResponseError("OOM")
+
+    monkeypatch.setattr(transport.malformed, "park", full)
+    client.lpush("q", b"not json")
+    worker.turn_until(lambda: refused, "an attempt to park it")
+    assert client.hlen("unacked") == 1
+    push(client, "a")
+    worker.expect("a")
+
+
+def test_events_are_drained_as_stock_does_while_the_loop_stands_still(worker: Consuming, client: Any) -> None:
+    """As Celery's mingle does, when the transport has its loop already."""
+    with suppress(TimeoutError):
+        worker.connection.drain_events(timeout=0.01)
+    push(client, "a")
+    worker.connection.drain_events(timeout=PATIENCE_S)
+    assert worker.names == ["a"]
+    worker.messages[0].ack()
+    push(client, "b")
+    worker.connection.drain_events(timeout=PATIENCE_S)
+    assert client.hlen("unacked") == 1, "acknowledgements go out without a loop, too"
+    push(client, "c")
+    worker.expect("a", "b", "c")
