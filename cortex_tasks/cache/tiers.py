@@ -3,8 +3,10 @@ nothing: no error of it reaches a caller, and none costs more than a few millise
 
 from __future__ import annotations
 
+import asyncio
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, Final
 
 import redis
@@ -36,6 +38,17 @@ Found = list[Result | None]
 def cache_options(retry: Any, timeout_s: float) -> dict[str, Any]:
     """redis-py's options for connections to the cache: quick to give up."""
     return {"socket_timeout": timeout_s, "socket_connect_timeout": CONNECT_TIMEOUT_S, "retry": retry}
+
+
+@contextmanager
+def _keeping_cancellations() -> Iterator[None]:
+    """Raise a cancellation that came meanwhile and got lost: Python 3.11's wait_for, which redis-py uses, loses one
+    that comes as what it awaits is done."""
+    task = asyncio.current_task()
+    before = task.cancelling() if task is not None else 0
+    yield
+    if task is not None and task.cancelling() > before:
+        raise asyncio.CancelledError
 
 
 class Cache:
@@ -146,6 +159,10 @@ class AsyncCache:
         self.shelf.forget(question, values)
 
     async def _read(self, names: Sequence[bytes], alias: str) -> list[bytes | None] | None:
+        with _keeping_cancellations():
+            return await self._ask(names, alias)
+
+    async def _ask(self, names: Sequence[bytes], alias: str) -> list[bytes | None] | None:
         counters, breaker = self.shelf.counters, self.breaker
         if not breaker.allows():
             counters.add(alias, skipped=1)
