@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Annotated, Final, Literal
 from urllib.parse import parse_qs, quote, urlsplit, urlunsplit
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, SecretStr, ValidationError
 
+from cortex_tasks.catalog import nearest
 from cortex_tasks.config_problems import reason
 from cortex_tasks.errors import ConfigError
 
@@ -19,6 +20,22 @@ __all__ = ["Settings", "mask_url", "tls_options"]
 _CERT_REQS: Final = ("required", "optional", "none")
 #: What redis-py, kombu and Celery's backend all understand, and mean the same by.
 _TLS: Final = ("ssl_cert_reqs", "ssl_ca_certs", "ssl_certfile", "ssl_keyfile")
+#: What else a URL may set, as redis-py reads it. Not what would break Cortex: bytes that are decoded to text, a pool
+#: that is smaller than what asks for its connections, more retries.
+_OPTIONS: Final[Mapping[str, Callable[[str], object]]] = {
+    "client_name": str,
+    "db": int,
+    "health_check_interval": int,
+    "password": str,
+    "protocol": int,
+    "socket_connect_timeout": float,
+    "socket_keepalive": str,
+    "socket_read_size": int,
+    "socket_timeout": float,
+    "username": str,
+}
+#: Whose values a message may show.
+_SHOWN: Final = {*_OPTIONS, *_TLS} - {"password"}
 
 
 def mask_url(url: str) -> str:
@@ -35,7 +52,8 @@ def mask_url(url: str) -> str:
         return f"{scheme if rest else ''}://***{at}{host if at else ''}"
     user, at, host = parts.netloc.rpartition("@")
     name, colon, _ = user.partition(":")
-    query = re.sub(r"(?i)((?:password|secret|token)=)[^&]*", r"\1***", parts.query)
+    # A name that is misspelt may be that of a password.
+    query = re.sub(r"([^&=]*)=[^&]*", lambda pair: pair[0] if pair[1] in _SHOWN else f"{pair[1]}=***", parts.query)
     return urlunsplit((parts.scheme, f"{name}{':***' if colon else ''}{at}{host}", parts.path, query, ""))
 
 
@@ -58,16 +76,33 @@ def tls_options(url: str) -> dict[str, str] | None:
     return options
 
 
+def _check_options(query: str) -> None:
+    """Raises ValueError, which names the parameter but shows no value, on what is no parameter of Cortex."""
+    for name, values in parse_qs(query, keep_blank_values=True).items():
+        if name.startswith("ssl_"):
+            continue
+        if name not in _OPTIONS:
+            raise ValueError(f"unknown parameter {name[:40]!r}{nearest(name, _OPTIONS)}")
+        try:
+            for value in values:
+                _OPTIONS[name](value)
+        except ValueError:
+            raise ValueError(f"parameter {name!r} must be a number") from None
+
+
 def _redis_url(value: SecretStr) -> SecretStr:
     url = value.get_secret_value()
     try:
         parts = urlsplit(url)
-        usable = parts.scheme in ("redis", "rediss") and bool(parts.hostname) and parts.port != 0
+        # An @ behind the host is that of a password that is not escaped. Sockets want a host's name as IDNA.
+        usable = "@" not in parts.path + parts.query + parts.fragment and bool((parts.hostname or "").encode("idna"))
+        usable = usable and parts.scheme in ("redis", "rediss") and parts.port != 0
     except ValueError:
         usable = False
     if not usable:
         raise ValueError("expected redis://[user:password@]host:port/db or rediss://...; escape / ? # @ in a password")
     tls_options(url)
+    _check_options(parts.query)
     return value
 
 

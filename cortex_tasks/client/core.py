@@ -21,6 +21,7 @@ from cortex_tasks.catalog import InputKind, TaskSpec, nearest, task_spec
 from cortex_tasks.client.cuts import JOB_CHARS, JOB_INPUTS, cut
 from cortex_tasks.codec import reply_channel
 from cortex_tasks.config import FleetConfig, Limits, ModelConfig, load_fleet
+from cortex_tasks.config_problems import reason
 from cortex_tasks.errors import (
     ConfigError,
     CortexError,
@@ -155,7 +156,7 @@ def _part(task: str, draft: Draft, outcome: Outcome) -> JobResult[Any]:
     error = _failure(outcome)
     if error is None and not isinstance(outcome, CortexError):
         try:
-            part = parse(outcome["result"])
+            part = parse(outcome.get("result", {}))
         except (ValueError, CortexError) as malformed:
             error = ModelError(f"the worker's answer cannot be read: {malformed}")
         else:
@@ -359,8 +360,9 @@ def resolve(url: str | None, settings: Settings | None, fleet: FleetConfig | Non
             given: dict[str, Any] = chosen.model_dump() | {"broker_url": url}
             # A URL alone means this one server, whatever the environment says of results.
             chosen = Settings.model_validate(given if settings is not None else given | {"result_url": None})
-        except ValidationError:
-            raise ConfigError(f"{mask_url(url)} is not a Redis URL: write redis://host:port/db") from None
+        except ValidationError as error:
+            said = reason(error.errors(include_url=False)[0])
+            raise ConfigError(f"{mask_url(url)} cannot be used: {said}") from None
     return chosen, fleet if fleet is not None else load_fleet(chosen.queues_file)
 
 

@@ -1,0 +1,36 @@
+"""The clients' common part: what it makes of what it is given, without a network."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from cortex_tasks import AsyncCortex, ConfigError, Cortex, ModelError
+from cortex_tasks.client.core import Core
+from cortex_tasks.testing import echo_fleet
+
+
+@pytest.mark.parametrize(
+    "outcome",
+    [
+        {},
+        {"result": None},
+        {"result": 7},
+        {"result": {"cortex": 1}},
+        {"result": {"cortex": 1, "task": [], "model": "m", "revision": "r", "items": []}},
+        {"result": {"cortex": 1, "task": "embed", "model": "m", "revision": "r", "items": None}},
+        {"result": {"cortex": 1, "task": "embed", "model": "m", "revision": "r", "items": [None]}},
+    ],
+)
+def test_a_stored_answer_without_a_readable_result_is_the_models_error(outcome: dict[str, Any]) -> None:
+    order = Core(echo_fleet(), 30.0).plan("embed").order(["text"])
+    with pytest.raises(ModelError, match="cannot be read"):
+        order.entries([{"status": "SUCCESS", **outcome}]).values()
+
+
+@pytest.mark.parametrize("client", [Cortex, AsyncCortex])
+def test_a_client_names_the_parameter_of_its_url_that_is_wrong(client: type[Cortex | AsyncCortex]) -> None:
+    with pytest.raises(ConfigError, match="unknown parameter 'socket_timout'") as caught:
+        client("redis://:s3cret@h/0?socket_timout=5&pasword=s3cret", fleet=echo_fleet())
+    assert "s3cret" not in str(caught.value)
