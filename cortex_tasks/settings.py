@@ -129,7 +129,8 @@ RedisUrl = Annotated[SecretStr, AfterValidator(_redis_url)]
 class Settings(BaseModel):
     """The CORTEX_* environment. URLs may hold passwords, so they are secrets; print ``mask_url`` of them."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    # A ValidationError would show a URL with its password.
+    model_config = ConfigDict(frozen=True, extra="forbid", hide_input_in_errors=True)
 
     broker_url: RedisUrl = SecretStr("redis://127.0.0.1:6379/0")
     #: Where answers are kept; None: the broker's.

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from pydantic import SecretStr, ValidationError
 
 from cortex_tasks.errors import ConfigError
 from cortex_tasks.settings import Settings, mask_url
@@ -90,3 +91,12 @@ def test_a_url_may_set_what_changes_nothing_that_cortex_needs() -> None:
     url = f"redis://h/0?{query}"
     assert Settings.from_env({"CORTEX_BROKER_URL": url}).broker == url
     assert mask_url(url) == url.replace("password=x", "password=***")
+
+
+@pytest.mark.parametrize("url", ["redis://:s3cret@host:0/0", "http://:s3cret@host", "redis://:s3cr/et@host:1"])
+def test_what_is_wrong_with_a_url_is_told_without_the_url(url: str) -> None:
+    with pytest.raises(ValidationError, match="escape / ") as caught:
+        Settings(broker_url=SecretStr(url))
+    with pytest.raises(ValidationError) as plain:
+        Settings.model_validate({"broker_url": url, "no such setting": url})
+    assert "s3cr" not in str(caught.value) + repr(caught.value) + str(plain.value) + repr(plain.value)
