@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, Final
 
 from cortex_tasks.cache.names import stats_key
 from cortex_tasks.cache.popular import Sampler, Samples, tell_samples
 
-__all__ = ["FIELDS", "Counters", "Counts", "tell"]
+__all__ = ["FIELDS", "Counters", "Counts", "refused", "tell"]
 
 #: Field -> what it counts, for ``cortex cache stats`` and Prometheus.
 FIELDS: Final = {
@@ -87,3 +87,14 @@ def tell(pipe: Any, counts: Counts) -> None:
             pipe.hincrby(stats_key(alias), name, count)
     if counts.samples is not None:
         tell_samples(pipe, counts.samples)
+
+
+def refused(counts: Counts, replies: Iterable[Any]) -> Counts:
+    """Which of the counts Redis did not add up, as a full one. ``replies``: to what ``tell`` asked, in its order."""
+    left = Counts()
+    heard = iter(replies)
+    for alias, of_model in counts.items():
+        for name, count in of_model.items():
+            if isinstance(next(heard), Exception):
+                left.setdefault(alias, {})[name] = count
+    return left

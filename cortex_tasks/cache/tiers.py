@@ -14,7 +14,7 @@ from redis.backoff import NoBackoff
 from redis.exceptions import RedisError
 
 from cortex_tasks.cache.breaker import Breaker
-from cortex_tasks.cache.counters import Counts, tell
+from cortex_tasks.cache.counters import Counters, Counts, refused, tell
 from cortex_tasks.cache.shelf import SEARCH_INPUTS, Question, Search, Shelf
 from cortex_tasks.payloads import Result
 from cortex_tasks.settings import Settings, mask_url
@@ -38,6 +38,15 @@ Found = list[Result | None]
 def cache_options(retry: Any, timeout_s: float) -> dict[str, Any]:
     """redis-py's options for connections to the cache: quick to give up."""
     return {"socket_timeout": timeout_s, "socket_connect_timeout": CONNECT_TIMEOUT_S, "retry": retry}
+
+
+def _found(replies: Sequence[Any], counts: Counts, counters: Counters) -> Sequence[bytes | None]:
+    """What a pipeline of MGET and ``tell`` found. A full Redis still answers although it refuses to count."""
+    found: Sequence[bytes | None] | Exception = replies[0]
+    if isinstance(found, Exception):
+        raise found
+    counters.give_back(refused(counts, replies[1:]))
+    return found
 
 
 @contextmanager
@@ -96,7 +105,7 @@ class Cache:
                 with client.pipeline(transaction=False) as pipe:
                     pipe.mget(names)
                     tell(pipe, counts)
-                    replies = pipe.execute()[0]
+                    replies = _found(pipe.execute(raise_on_error=False), counts, counters)
             else:
                 replies = client.mget(names)
         except (RedisError, OSError) as error:
@@ -174,7 +183,7 @@ class AsyncCache:
                 async with client.pipeline(transaction=False) as pipe:
                     pipe.mget(names)
                     tell(pipe, counts)
-                    replies = (await pipe.execute())[0]
+                    replies = _found(await pipe.execute(raise_on_error=False), counts, counters)
             else:
                 replies = await client.mget(names)
         except (RedisError, OSError) as error:
