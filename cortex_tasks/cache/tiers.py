@@ -31,6 +31,8 @@ CONNECT_TIMEOUT_S: Final = 0.05
 #: What else the event loop does meanwhile counts as well: a full garbage collection alone takes over 50 ms.
 ASYNC_CONNECT_TIMEOUT_S: Final = 0.2
 _CONNECTIONS: Final = 16
+#: A thread holds one while it looks, however many threads there are: redis-py stops at 100 by itself.
+_THREAD_CONNECTIONS: Final = 2**31
 
 Found = list[Result | None]
 
@@ -72,7 +74,8 @@ class Cache:
 
     @staticmethod
     def _connect(settings: Settings, timeout_s: float) -> Any:
-        return redis.Redis.from_url(settings.cache, **cache_options(redis.retry.Retry(NoBackoff(), 0), timeout_s))
+        options = cache_options(redis.retry.Retry(NoBackoff(), 0), timeout_s)
+        return redis.Redis.from_url(settings.cache, **options, max_connections=_THREAD_CONNECTIONS)
 
     def nearby(self, question: Question, value: Any) -> Result | None:
         """The answer to one checked input, if it is in near memory."""

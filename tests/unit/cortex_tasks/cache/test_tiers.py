@@ -116,3 +116,9 @@ async def test_a_full_redis_still_answers_and_is_told_the_counts_when_it_has_roo
     closed = cache.close()
     if closed is not None:
         await closed
+
+
+def test_a_thread_never_lacks_a_connection_to_the_cache() -> None:
+    cache = Cache(Settings(), Shelf(0, 60))
+    for client in (cache._quick, cache._bulk):
+        assert len([client.connection_pool.make_connection() for _ in range(300)]) == 300
