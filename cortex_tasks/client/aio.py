@@ -14,7 +14,7 @@ from cortex_tasks.book import LoopTicket, Ticket
 from cortex_tasks.cache import AsyncCache, Sampler, Shelf
 from cortex_tasks.client import options as o
 from cortex_tasks.client.coalesce import LoopCoalescer
-from cortex_tasks.client.core import Core, Draft, Order, Plan, Sifted, batches, resolve, timed_out
+from cortex_tasks.client.core import Core, Draft, Order, Plan, Sifted, batches, check_timeout, resolve, timed_out
 from cortex_tasks.client.jobs import AsyncJob
 from cortex_tasks.client.map import Window, astream
 from cortex_tasks.client.progress import Progress
@@ -137,6 +137,7 @@ class AsyncCortex:
         settings: Settings | None = None,
         timeout_s: float = 30.0,
     ) -> None:
+        check_timeout(timeout_s)
         chosen, fleet = resolve(url, settings, fleet)
 
         def cache() -> AsyncCache:
@@ -150,6 +151,7 @@ class AsyncCortex:
         cls, wire: Callable[[], AsyncWire], fleet: FleetConfig, timeout_s: float, clock: Callable[[], float]
     ) -> Self:
         """A client over another wire than Redis. ``clock``: epoch seconds."""
+        check_timeout(timeout_s)
         client = cls.__new__(cls)
         client._set_up(wire, lambda: Core(fleet, timeout_s, clock), "memory", lambda: None)
         return client

@@ -47,6 +47,7 @@ __all__ = [
     "Plan",
     "Sifted",
     "batches",
+    "check_timeout",
     "resolve",
     "timed_out",
 ]
@@ -314,8 +315,8 @@ class Core:
         _one_of("cache", cache, get_args(CachePolicy))
         if deadline_s is not None:
             _seconds("deadline_s", deadline_s)
-        if timeout_s is not None and timeout_s != math.inf:
-            _seconds("timeout_s", timeout_s)
+        if timeout_s is not None:
+            check_timeout(timeout_s)
         checked = check_params(spec.name, params, config.limits, alias)
         given = checked.model_dump(mode="json", exclude_defaults=True)
         # A checked parameter is JSON: its repr is as good as its content.
@@ -369,6 +370,12 @@ def resolve(url: str | None, settings: Settings | None, fleet: FleetConfig | Non
 def _one_of(name: str, value: Any, known: tuple[str, ...]) -> None:
     if value not in known:
         raise InvalidParameter(f"unknown {name} {value!r}{nearest(str(value), known)}", {name: str(value)})
+
+
+def check_timeout(timeout_s: float) -> None:
+    """Raises InvalidParameter on what nobody can wait for."""
+    if timeout_s != math.inf:
+        _seconds("timeout_s", timeout_s)
 
 
 def _seconds(name: str, value: Any) -> None:

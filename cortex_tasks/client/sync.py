@@ -16,7 +16,7 @@ from cortex_tasks.book import ThreadTicket, Ticket
 from cortex_tasks.cache import Cache, Sampler, Shelf
 from cortex_tasks.client import options as o
 from cortex_tasks.client.coalesce import ThreadCoalescer
-from cortex_tasks.client.core import Core, Draft, Order, Plan, Sifted, batches, resolve, timed_out
+from cortex_tasks.client.core import Core, Draft, Order, Plan, Sifted, batches, check_timeout, resolve, timed_out
 from cortex_tasks.client.jobs import Job
 from cortex_tasks.client.map import Window, stream
 from cortex_tasks.client.progress import Progress
@@ -115,6 +115,7 @@ class Cortex:
         settings: Settings | None = None,
         timeout_s: float = 30.0,
     ) -> None:
+        check_timeout(timeout_s)
         chosen, fleet = resolve(url, settings, fleet)
 
         def cache() -> Cache:
@@ -126,6 +127,7 @@ class Cortex:
     @classmethod
     def _over(cls, wire: Callable[[], Wire], fleet: FleetConfig, timeout_s: float, clock: Callable[[], float]) -> Self:
         """A client over another wire than Redis. ``clock``: epoch seconds."""
+        check_timeout(timeout_s)
         client = cls.__new__(cls)
         client._set_up(wire, lambda: Core(fleet, timeout_s, clock), "memory", lambda: None)
         return client

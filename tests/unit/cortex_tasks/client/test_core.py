@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
 
-from cortex_tasks import AsyncCortex, ConfigError, Cortex, ModelError
+from cortex_tasks import AsyncCortex, ConfigError, Cortex, InvalidParameter, ModelError, testing
 from cortex_tasks.client.core import Core
 from cortex_tasks.testing import echo_fleet
 
@@ -34,3 +35,21 @@ def test_a_client_names_the_parameter_of_its_url_that_is_wrong(client: type[Cort
     with pytest.raises(ConfigError, match="unknown parameter 'socket_timout'") as caught:
         client("redis://:s3cret@h/0?socket_timout=5&pasword=s3cret", fleet=echo_fleet())
     assert "s3cret" not in str(caught.value)
+
+
+@pytest.mark.parametrize("timeout_s", [0, -1, math.nan, -math.inf, 1e9, None, "30", True])
+def test_a_client_refuses_a_time_out_that_nobody_can_wait_for(timeout_s: Any) -> None:
+    with testing.fleet() as fleet:
+        for make in (fleet.client, fleet.aclient):
+            with pytest.raises(InvalidParameter, match="timeout_s must be a number of seconds above 0"):
+                make(timeout_s)
+    for client in (Cortex, AsyncCortex):
+        with pytest.raises(InvalidParameter, match="timeout_s must be a number of seconds above 0"):
+            client(fleet=echo_fleet(), timeout_s=timeout_s)
+
+
+@pytest.mark.parametrize("timeout_s", [5, 0.5, math.inf])
+def test_a_client_may_wait_for_as_long_as_its_caller_likes(timeout_s: float) -> None:
+    with testing.fleet() as fleet:
+        assert fleet.client(timeout_s).embed("x").model == "minilm"
+    AsyncCortex(fleet=echo_fleet(), timeout_s=timeout_s)
