@@ -153,7 +153,11 @@ def _columns(value: Any) -> tuple[list[Any], list[Any]]:
 def _column(value: Any, name: str) -> list[Any]:
     if isinstance(value, str | bytes | Mapping) or not (isinstance(value, Iterable) and isinstance(value, Sized)):
         raise InvalidInput(f"a series' {name!r} must be a list, not {type(value).__name__}", {"column": name})
-    return list(value)
+    try:
+        return list(value)
+    except Exception as error:
+        # A column's own code, such as that of pandas, which checks its values as it gives them out.
+        raise InvalidInput(f"a series' {name!r} cannot be read: {error}", {"column": name}) from error
 
 
 def _timestamp(value: Any, index: int) -> datetime:
@@ -175,11 +179,16 @@ def _timestamp(value: Any, index: int) -> datetime:
 
 
 def _to_datetime(value: Any) -> datetime | None:
+    try:
+        return _converted(value)
+    except (ValueError, OverflowError):
+        # Other text; an array; a timestamp of pandas or NumPy that no datetime can hold.
+        return None
+
+
+def _converted(value: Any) -> datetime | None:
     if isinstance(value, str):
-        try:
-            return datetime.fromisoformat(value)
-        except ValueError:
-            return None
+        return datetime.fromisoformat(value)
     if isinstance(value, datetime):
         # A Timestamp of pandas counts nanoseconds; its own replace() makes them droppable without a warning.
         return value.replace(nanosecond=0).to_pydatetime() if hasattr(value, "to_pydatetime") else value  # type: ignore[call-arg]

@@ -310,6 +310,8 @@ class Core:
         **params: Any,
     ) -> Plan:
         spec = task_spec(task)
+        if model is not None and not isinstance(model, str):
+            raise InvalidParameter(f"model must be an alias, not {type(model).__name__}")
         alias, config = self.fleet.model(model, spec.name)
         _one_of("lane", lane, get_args(Lane))
         _one_of("cache", cache, get_args(CachePolicy))
@@ -362,8 +364,7 @@ def resolve(url: str | None, settings: Settings | None, fleet: FleetConfig | Non
             # A URL alone means this one server, whatever the environment says of results.
             chosen = Settings.model_validate(given if settings is not None else given | {"result_url": None})
         except ValidationError as error:
-            said = reason(error.errors(include_url=False)[0])
-            raise ConfigError(f"{mask_url(url)} cannot be used: {said}") from None
+            raise ConfigError(f"{mask_url(url)} cannot be used: {reason(error.errors()[0])}") from None
     return chosen, fleet if fleet is not None else load_fleet(chosen.queues_file)
 
 

@@ -117,6 +117,28 @@ def test_frames_and_arrays_are_read_without_being_imported_here() -> None:
     assert "index 0" in series_error({"ds": [np.array([1, 2]), stamps[0]], "y": [1, 2]})
 
 
+def test_what_pandas_and_numpy_refuse_to_convert_is_a_bad_series() -> None:
+    pd = pytest.importorskip("pandas")
+    np = pytest.importorskip("numpy")
+    late = np.array(["2020-01-01", "20000-01-01"], "M8[s]")
+    days = np.array(["2020", "2021"], "M8[D]")
+    for stamps in (pd.DatetimeIndex(late), pd.Series(late), late):
+        assert "index 1 is" in series_error({"ds": stamps, "y": [1, 2]})
+        assert "index 1 is" in series_error(pd.DataFrame({"ds": stamps, "y": [1, 2]}))
+    for stamp in (days, pd.Series(days), pd.DatetimeIndex(days), pd.Timestamp.min):
+        assert "index 1 is" in series_error([("2020-01-01", 1), (stamp, 2)])
+    assert "'ds' cannot be read: iteration over a 0-d array" in series_error({"ds": np.array(5), "y": [1]})
+    assert "'y' cannot be read: iteration over a 0-d array" in series_error({"ds": DAYS[:2], "y": np.array(5)})
+
+
+def test_a_column_that_fails_as_it_is_read_is_a_bad_series() -> None:
+    class Torn(list[float]):
+        def __iter__(self) -> Any:
+            raise RuntimeError("the file is gone")
+
+    assert "'y' cannot be read: the file is gone" in series_error({"ds": DAYS[:2], "y": Torn()})
+
+
 @pytest.mark.parametrize(
     ("value", "said"),
     [

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from cortex_tasks import AsyncCortex, ConfigError, Cortex, InvalidParameter, ModelError, testing
+from cortex_tasks import AsyncCortex, ConfigError, Cortex, InvalidInput, InvalidParameter, ModelError, testing
 from cortex_tasks.client.core import Core
 from cortex_tasks.testing import echo_fleet
 
@@ -53,3 +53,18 @@ def test_a_client_may_wait_for_as_long_as_its_caller_likes(timeout_s: float) -> 
     with testing.fleet() as fleet:
         assert fleet.client(timeout_s).embed("x").model == "minilm"
     AsyncCortex(fleet=echo_fleet(), timeout_s=timeout_s)
+
+
+@pytest.mark.parametrize("model", [123, [], {}, b"echo", 1.5])
+def test_a_model_that_is_no_name_is_refused(model: Any) -> None:
+    with testing.fleet() as fleet, pytest.raises(InvalidParameter, match="model must be an alias, not"):
+        fleet.client().embed("x", model=model)
+
+
+def test_a_series_with_a_timestamp_that_no_datetime_can_hold_fails_alone() -> None:
+    np = pytest.importorskip("numpy")
+    good = {"ds": ["2024-01-01", "2024-01-02", "2024-01-03"], "y": [1, 2, 3]}
+    bad = {"ds": [np.array(["2020", "2021"], "M8[D]")] * 2, "y": [1, 2]}
+    with testing.fleet() as fleet:
+        result = fleet.client().forecast([good, bad, good], model="echo", horizon=2)
+    assert {index: type(error) for index, error in result.errors.items()} == {1: InvalidInput}
