@@ -30,7 +30,8 @@ _BULK_KEYS: Final = 64
 CONNECT_TIMEOUT_S: Final = 0.05
 #: What else the event loop does meanwhile counts as well: a full garbage collection alone takes over 50 ms.
 ASYNC_CONNECT_TIMEOUT_S: Final = 0.2
-_CONNECTIONS: Final = 16
+#: Looks of one event loop at a time.
+_LOOKS: Final = 16
 #: A thread holds one while it looks, however many threads there are: redis-py stops at 100 by itself.
 _THREAD_CONNECTIONS: Final = 2**31
 
@@ -136,18 +137,18 @@ class AsyncCache:
     """For the coroutines of one event loop; see ``Cache``."""
 
     def __init__(self, settings: Settings, shelf: Shelf) -> None:
-        from redis.asyncio import BlockingConnectionPool, Redis
+        from redis.asyncio import Redis
         from redis.asyncio.retry import Retry
 
         self.shelf = shelf
         self.breaker = Breaker(mask_url(settings.cache), shelf.clock)
+        # Waited for before the breaker is asked: where the first looks fail, the others are spared.
+        self._turns = asyncio.Semaphore(_LOOKS)
 
         def connect(timeout_s: float) -> Any:
             options = cache_options(Retry(NoBackoff(), 0), timeout_s)
             options["socket_connect_timeout"] = ASYNC_CONNECT_TIMEOUT_S
-            return Redis.from_pool(
-                BlockingConnectionPool.from_url(settings.cache, **options, max_connections=_CONNECTIONS, timeout=None)
-            )
+            return Redis.from_url(settings.cache, **options)
 
         self._quick, self._bulk = connect(LOOK_TIMEOUT_S), connect(BULK_TIMEOUT_S)
 
@@ -171,8 +172,9 @@ class AsyncCache:
         self.shelf.forget(question, values)
 
     async def _read(self, names: Sequence[bytes], alias: str) -> list[bytes | None] | None:
-        with _keeping_cancellations():
-            return await self._ask(names, alias)
+        async with self._turns:
+            with _keeping_cancellations():
+                return await self._ask(names, alias)
 
     async def _ask(self, names: Sequence[bytes], alias: str) -> list[bytes | None] | None:
         counters, breaker = self.shelf.counters, self.breaker

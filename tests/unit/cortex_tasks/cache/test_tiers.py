@@ -1,4 +1,4 @@
-"""Looks into Redis: of one that is cancelled, and into a Redis that is full."""
+"""Looks into Redis: one that is cancelled, many at once, and those into a Redis that is full or says nothing."""
 
 from __future__ import annotations
 
@@ -122,3 +122,15 @@ def test_a_thread_never_lacks_a_connection_to_the_cache() -> None:
     cache = Cache(Settings(), Shelf(0, 60))
     for client in (cache._quick, cache._bulk):
         assert len([client.connection_pool.make_connection() for _ in range(300)]) == 300
+
+
+async def test_of_many_looks_at_once_only_the_first_wait_for_a_cache_that_says_nothing() -> None:
+    shelf = Shelf(0, 60, Clock())
+    silent = await asyncio.start_server(lambda reader, writer: None, "127.0.0.1", 0)
+    async with silent:
+        port = silent.sockets[0].getsockname()[1]
+        cache = AsyncCache(Settings(broker_url=SecretStr(f"redis://127.0.0.1:{port}/0")), shelf)
+        found = await asyncio.gather(*(cache.look_up(asking(shelf), [f"text {number}"]) for number in range(200)))
+        assert found == [[None]] * 200
+        assert (cache.breaker.failures, cache.breaker.skips) == (16, 184)
+        await cache.close()
