@@ -23,8 +23,10 @@ class Progress:
     @classmethod
     def of(cls, label: str, inputs: Any, wanted: bool | None) -> Self:
         """For a stream of ``inputs``. ``wanted=None``: where stderr is a terminal."""
-        show = sys.stderr.isatty() if wanted is None else wanted
-        return cls(label, len(inputs) if isinstance(inputs, Sized) else None, sys.stderr if show else None)
+        # None in a program that was started without one.
+        stderr: TextIO | None = sys.stderr
+        show = stderr is not None and stderr.isatty() if wanted is None else wanted
+        return cls(label, len(inputs) if isinstance(inputs, Sized) else None, stderr if show else None)
 
     def add(self, count: int) -> None:
         """So many more inputs were answered."""

@@ -380,3 +380,11 @@ def test_progress_shows_only_on_a_terminal_unless_asked_for(
     assert capsys.readouterr().err == ""
     list(fleet.client().map("embed", iter(["a"]), progress=True))
     assert capsys.readouterr().err.startswith("\rembed 1, ")
+
+
+@pytest.mark.parametrize("wanted", [None, True, False])
+def test_a_program_without_stderr_is_shown_no_progress(
+    fleet: LocalFleet, monkeypatch: pytest.MonkeyPatch, wanted: bool | None
+) -> None:
+    monkeypatch.setattr("sys.stderr", None)
+    assert len(list(fleet.client().map("embed", ["a"], progress=wanted))) == 1
