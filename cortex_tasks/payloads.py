@@ -358,6 +358,13 @@ class Decomposition(Result):
         return frame
 
 
+def unshared(item: R) -> R:
+    """An answer for one more caller: nothing of it that can be changed is another caller's as well."""
+    if isinstance(item, Decomposition):
+        return item.model_copy(update={"seasonalities": dict(item.seasonalities)})
+    return item
+
+
 class Anomaly(Frozen):
     """A point outside the interval. ``score``: distance to the nearer bound over half the interval's width."""
 

@@ -25,7 +25,7 @@ from cortex_tasks.cache.popular import Kind, Sampler
 from cortex_tasks.catalog import TaskSpec
 from cortex_tasks.derived import Form, form_of, made
 from cortex_tasks.keys import Address, stored_params
-from cortex_tasks.payloads import Embedding, Params, Result, Timings, unchecked
+from cortex_tasks.payloads import Embedding, Params, Result, Timings, unchecked, unshared
 
 __all__ = ["FRESH_S", "Question", "Search", "Shelf", "tokens_of"]
 
@@ -152,7 +152,7 @@ class Shelf:
             # Made once, when it is asked for again: most answers never are.
             item = item.model_copy(update={"timings": _NEAR})
             self._keep(key, item, present)
-        return item
+        return unshared(item) if item is not None else None
 
     def _keep(self, key: bytes, item: Result, present: _Present) -> None:
         data = item.__dict__.get("data")
@@ -242,7 +242,7 @@ class Search:
             if item is not None:
                 self.found[index] = item
                 if keeps:
-                    shelf._keep(self._keys[index] + question.form, item, self._present)
+                    shelf._keep(self._keys[index] + question.form, unshared(item), self._present)
 
     def count(self) -> None:
         """Count what came of it."""

@@ -15,7 +15,17 @@ from cortex_tasks.cache.shelf import FRESH_S, Question, Search, Shelf
 from cortex_tasks.catalog import TASKS
 from cortex_tasks.derived import form_of, made
 from cortex_tasks.keys import Address, stored_params
-from cortex_tasks.payloads import Embedding, EmbedParams, Encoding, Params, Result, Timings
+from cortex_tasks.payloads import (
+    DecomposeParams,
+    Decomposition,
+    Embedding,
+    EmbedParams,
+    Encoding,
+    Params,
+    Result,
+    Series,
+    Timings,
+)
 
 
 class World:
@@ -219,3 +229,30 @@ def test_what_came_of_searches_is_counted(world: World) -> None:
     world.ask("a", "b")
     world.ask("a")
     assert world.shelf.counters.take() == {"m": {"l2_hits": 1, "near_hits": 1, "misses": 1, "saved_tokens": 2}}
+
+
+def test_what_one_caller_changes_of_an_answer_no_other_one_gets(world: World) -> None:
+    series = Series(ds=("2024-01-01", "2024-01-02"), y=(1.0, 2.0))
+    question = world.shelf.question(TASKS["decompose"], "m", DecomposeParams(), world.adapter)
+    key = Address("decompose", "m", "r1", stored_params(DecomposeParams(), world.adapter).canonical()).key(series)
+    columns = {name: [0.0, 0.0] for name in ("y", "trend", "residual")}
+    value = {"ds": list(series.ds), **columns, "seasonalities": {"weekly": [0.25, 0.5]}}
+    world.redis[entry_prefix("m") + key] = sealed(key, value)
+
+    def ask() -> Decomposition:
+        search = Search(world.shelf, question, [series])
+        while names := search.wants():
+            search.hear([world.redis.get(name) for name in names])
+        (found,) = search.found
+        assert isinstance(found, Decomposition)
+        return found
+
+    def nearby() -> Decomposition:
+        found = world.shelf.nearby(question, series)
+        assert isinstance(found, Decomposition)
+        return found
+
+    for look, tier in ((ask, "l2"), (ask, "near"), (ask, "near"), (nearby, "near"), (nearby, "near")):
+        answer = look()
+        assert (answer.timings.cached, answer.seasonalities) == (tier, {"weekly": (0.25, 0.5)})
+        answer.seasonalities["weekly"] = ()
