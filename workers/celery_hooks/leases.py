@@ -25,7 +25,7 @@ from redis.exceptions import RedisError, ResponseError
 
 from workers.celery_hooks import malformed
 
-__all__ = ["UNACKED_KEYS", "LeaseKeeper", "LeasedQoS", "acknowledged", "flush_acks", "held_tag", "let_go"]
+__all__ = ["UNACKED_KEYS", "LeaseKeeper", "LeasedQoS", "acknowledged", "flush_acks", "held_tag", "keep", "let_go"]
 
 logger = logging.getLogger(__name__)
 
@@ -36,6 +36,8 @@ _UNACKED, _UNACKED_INDEX = UNACKED_KEYS
 _live: weakref.WeakSet[Any] = weakref.WeakSet()
 #: Acknowledgements that came after their connection was lost; the LeaseKeeper delivers them.
 _late_acks: deque[str] = deque()
+#: Tags of the messages whose jobs this process computes, though the connection they came over was lost.
+_orphans: set[str] = set()
 
 
 class LeasedQoS(kombu_redis.QoS):
@@ -55,13 +57,18 @@ class LeasedQoS(kombu_redis.QoS):
         self.bulk: set[str] = set()
         #: Tags of those with a time before which they do not run; they count as bulk no more.
         self.scheduled: set[str] = set()
+        #: Tags of those whose jobs this process answers, connected or not.
+        self.in_hand: set[str] = set()
         self._quick_ack = self._settled
         _live.add(self)
 
     def _settled(self, delivery_tag: str) -> None:
-        self.bulk.discard(delivery_tag)
-        self.scheduled.discard(delivery_tag)
+        self._forget(delivery_tag)
         self._dirty.add(delivery_tag)
+
+    def _forget(self, delivery_tag: str) -> None:
+        for tags in (self.bulk, self.scheduled, self.in_hand, _orphans):
+            tags.discard(delivery_tag)
 
     @property
     def connected(self) -> bool:
@@ -104,8 +111,7 @@ class LeasedQoS(kombu_redis.QoS):
         """Hold a message no more, whatever is recorded in Redis."""
         self.recorded.discard(delivery_tag)
         self.settled.discard(delivery_tag)
-        self.bulk.discard(delivery_tag)
-        self.scheduled.discard(delivery_tag)
+        self._forget(delivery_tag)
         if delivery_tag in self._delivered:
             self._quick_ack(delivery_tag)
 
@@ -149,6 +155,15 @@ class LeasedQoS(kombu_redis.QoS):
             except malformed.UNREADABLE as error:
                 self._park(tag, error)
 
+    def restore_unacked(self, client: Any = None) -> None:
+        """The connection was lost or is closed: as stock, but what is computed here stays this worker's. It would come
+        again as a suspect, run twice, and after some losses count as what kills workers."""
+        kept = self.in_hand & self._delivered.keys()
+        _orphans.update(kept)
+        for tag in kept:
+            del self._delivered[tag]
+        super().restore_unacked(client)
+
     def restore_by_tag(self, tag: Any, client: Any = None, leftmost: bool = False) -> None:
         """Stock, but a record that cannot be read is parked instead of stopping the sweep for good."""
         try:
@@ -179,6 +194,13 @@ def _acknowledge(client: Any, tags: list[str]) -> None:
             pipe.zrem(_UNACKED_INDEX, *chunk)
             pipe.hdel(_UNACKED, *chunk)
         pipe.execute()
+
+
+def keep(message: Any) -> None:
+    """This process answers the job of a message, whatever becomes of the connection it came over."""
+    qos = message.channel.qos
+    if isinstance(qos, LeasedQoS):
+        qos.in_hand.add(message.delivery_tag)
 
 
 def let_go(message: Any) -> None:
@@ -230,7 +252,7 @@ class LeaseKeeper(threading.Thread):
 
     def renew(self) -> int:
         """Deliver late acknowledgements and renew all claims now; returns how many are held."""
-        tags = [tag for qos in list(_live) if qos.connected for tag in qos.held_tags()]
+        tags = [tag for qos in list(_live) if qos.connected for tag in qos.held_tags()] + list(_orphans)
         if not tags and not _late_acks:
             return 0
         self._client = self._client or self._connect()

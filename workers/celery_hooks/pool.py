@@ -154,6 +154,7 @@ class BatchingPool(BasePool):
         if not isinstance(callbacks, dict | None):
             raise TypeError("a job's callbacks must be a mapping")
         self._tickets[ticket.number] = ticket
+        leases.keep(request.message)
         try:
             ticket.job = job = to_job(task_id, name, given, named, self.app.cortex.fleet, headers)
             job.suspect = bool(request.delivery_info.get("redelivered"))

@@ -61,6 +61,7 @@ def send_leased(bench: PoolBench, job_id: str, *inputs: str) -> tuple[PoolReques
     """A job whose message may be acknowledged in Redis; and the tags that were."""
     request = PoolRequest(bench, job_id, *inputs)
     request.message.channel.qos = qos = LeasedQoS.__new__(LeasedQoS)
+    qos.in_hand = set()
     qos.settled = set()
     bench.apply(request)
     return request, qos.settled

@@ -14,7 +14,7 @@ from kombu import Connection, Exchange, Queue
 from cortex_tasks.codec import queue_key
 from tests.support.consuming import Consuming, consuming, message, push
 from workers.celery_hooks import leases
-from workers.celery_hooks.leases import LeasedQoS, LeaseKeeper, flush_acks, let_go
+from workers.celery_hooks.leases import LeasedQoS, LeaseKeeper, flush_acks, keep, let_go
 
 
 @pytest.fixture
@@ -25,10 +25,12 @@ def client(redis_url: str) -> Iterator[Any]:
 
 @pytest.fixture
 def worker(redis_url: str) -> Iterator[Consuming]:
-    leases._late_acks.clear()
+    for left in (leases._late_acks, leases._orphans):
+        left.clear()
     with consuming(redis_url) as made:
         yield made
-    leases._late_acks.clear()
+    for left in (leases._late_acks, leases._orphans):
+        left.clear()
 
 
 @pytest.fixture
@@ -129,6 +131,30 @@ def test_an_acknowledgement_after_the_connection_was_lost_is_delivered_later(
     assert client.hlen("unacked") == 1
     keeper.stop()
     assert client.hlen("unacked") == client.zcard("unacked_index") == 0
+
+
+@pytest.mark.parametrize("end", ["acknowledged", "let go", "rejected"])
+def test_what_is_computed_stays_this_workers_when_its_connection_is_lost(
+    worker: Consuming, client: Any, keeper: LeaseKeeper, end: str
+) -> None:
+    push(client, "computed", "waits for its time")
+    worker.expect("computed", "waits for its time")
+    computed = worker.messages[0]
+    keep(computed)
+    worker.channel.close()
+    # The other one, which nobody remembers, is back in its queue.
+    assert client.llen("q") == 1
+    assert set(scores(client)) == {computed.delivery_tag}
+    assert keeper.renew() == 1
+    assert scores(client) == {computed.delivery_tag: 5_000.0}
+    if end == "acknowledged":
+        worker.channel.qos.ack(computed.delivery_tag)
+        keeper.stop()
+        assert client.hlen("unacked") == client.zcard("unacked_index") == 0
+    else:
+        worker.channel.qos.reject(computed.delivery_tag, requeue=True) if end == "rejected" else let_go(computed)
+        assert keeper.renew() == 0
+        assert client.hlen("unacked") == 1, "another worker gets it when the lease ends"
 
 
 def test_what_is_gone_from_redis_already_is_acknowledged_for_nothing(worker: Consuming, client: Any) -> None:

@@ -158,6 +158,7 @@ def test_results_wait_for_redis_and_no_job_is_acknowledged_before(
 def test_a_callback_that_finds_redis_away_leaves_the_job_to_its_lease(bench: PoolBench) -> None:
     request = PoolRequest(bench, "a", "x")
     qos = LeasedQoS.__new__(LeasedQoS)
+    qos.in_hand = set()
     let_go: list[str] = []
     qos.let_go = let_go.append  # type: ignore[method-assign]
     request.message.channel.qos = qos
