@@ -195,7 +195,10 @@ class AsyncReplies:
 
     async def _run(self) -> None:
         pause_s = FIRST_POLL_S
-        while True:
+        task = asyncio.current_task()
+        assert task is not None
+        # asyncio.run cancels once, which redis-py may lose (see ``close``); the task itself remembers it.
+        while not task.cancelling():
             try:
                 if self.down is not None:
                     await self._listen()
@@ -222,7 +225,8 @@ class AsyncReplies:
         self._news.clear()
         if self._announced or self._lost is not None:
             return
-        self._idle = not len(self._book)
+        # One that was down looks at once, and does not rest: a cancellation is noticed between two turns only.
+        self._idle = not len(self._book) and self.down is None
         nap_s = None if self._idle else min(self._book.wait_s(self._clock()), self._NAP_S)
         with suppress(TimeoutError):
             async with asyncio.timeout(nap_s):

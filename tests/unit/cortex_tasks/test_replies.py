@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import Any
 
 import pytest
@@ -182,4 +183,29 @@ async def test_the_task_of_an_idle_client_sleeps_until_it_is_wanted(wire: FakeWi
     for _ in range(100):
         await asyncio.sleep(0)
     assert len(wire.fetched) == fetched
+    await replies.close()
+
+
+@pytest.mark.parametrize("at", ["fetch", "listen"])
+async def test_a_cancellation_that_redis_py_loses_ends_the_task_all_the_same(wire: FakeWire, at: str) -> None:
+    """Python 3.11's wait_for loses one that comes as what it awaits is done; asyncio.run cancels only once."""
+    over = FakeAsyncWire(wire)
+    replies = AsyncReplies(over, "me")  # type: ignore[arg-type]
+    await replies.watch([ticket := LoopTicket("a")])
+    task = replies._task
+    assert task is not None
+
+    async def lose_it(*_: Any) -> list[bytes | None]:
+        task.cancel()
+        with suppress(asyncio.CancelledError):
+            await asyncio.sleep(0)
+        return [DONE]
+
+    setattr(over, at, lose_it)
+    if at == "fetch":
+        over.tell([("a", None)])
+    else:
+        replies.forget([ticket])
+        over.lose(BrokerUnavailable("gone"))
+    assert await asyncio.wait({task}, timeout=1.0) == ({task}, set())
     await replies.close()
