@@ -204,6 +204,8 @@ def _outcome(raw: bytes) -> Outcome | None:
     """A stored result meta, if it is final. One that nobody can read is an outcome too."""
     try:
         meta = codec.loads(raw)
+        if meta["status"] == "SUCCESS" and "result" not in meta:
+            raise ValueError("it has no result")
         return meta if meta["status"] in FINAL_STATES else None
     except (ValueError, KeyError, TypeError) as error:
         return ModelError(f"the stored answer cannot be read: {error}")

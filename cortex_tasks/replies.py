@@ -7,6 +7,7 @@ together in one message, which carries their results unless they are long; those
 from __future__ import annotations
 
 import asyncio
+import logging
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -20,6 +21,8 @@ from cortex_tasks.wire import AsyncWire, Wire
 
 __all__ = ["AsyncReplies", "Replies"]
 
+_log = logging.getLogger(__name__)
+
 #: Keys of one MGET.
 FETCH_KEYS: Final = 500
 #: A listener with nothing awaited ends after so long, and begins anew when needed.
@@ -28,6 +31,14 @@ IDLE_S: Final = 30.0
 
 def _chunks(job_ids: list[str]) -> list[list[str]]:
     return [job_ids[first : first + FETCH_KEYS] for first in range(0, len(job_ids), FETCH_KEYS)]
+
+
+def _down(error: Exception) -> BrokerUnavailable:
+    """Why nothing is heard. What Redis did not say is a defect, over which the answers to others are not given up."""
+    if isinstance(error, BrokerUnavailable):
+        return error
+    _log.error("reading answers failed, and begins anew", exc_info=error)
+    return BrokerUnavailable(f"reading answers failed: {type(error).__name__}: {error}")
 
 
 class Replies:
@@ -50,7 +61,8 @@ class Replies:
     def watch(self, tickets: Iterable[Ticket]) -> None:
         """Await these jobs; call it before they are published. Raises BrokerUnavailable."""
         with self._changed:
-            if self._thread is None:
+            # One may be there that the system refused to start, or that ended as no thread should.
+            if self._thread is None or not self._thread.is_alive():
                 self._wire.listen(self._channel)
                 self._closed = False
                 self._thread = threading.Thread(target=self._run, name="cortex-replies", daemon=True)
@@ -77,7 +89,7 @@ class Replies:
         with self._changed:
             thread, self._closed = self._thread, True
             self._changed.notify_all()
-        if thread is not None and thread is not threading.current_thread():
+        if thread is not None and thread.is_alive() and thread is not threading.current_thread():
             thread.join(5)
 
     def _run(self) -> None:
@@ -90,8 +102,8 @@ class Replies:
                         self._book.poll_now()
                 self._turn()
                 self.down, pause_s = None, FIRST_POLL_S
-            except BrokerUnavailable as error:
-                self.down = error
+            except Exception as error:
+                self.down = _down(error)
                 with self._changed:
                     self._changed.wait_for(lambda: self._closed, timeout=pause_s)
                 pause_s = min(pause_s * 2, LONGEST_POLL_S)
@@ -205,8 +217,8 @@ class AsyncReplies:
                     self._book.poll_now()
                 await self._turn()
                 self.down, pause_s = None, FIRST_POLL_S
-            except BrokerUnavailable as error:
-                self.down = error
+            except Exception as error:
+                self.down = _down(error)
                 await asyncio.sleep(pause_s)
                 pause_s = min(pause_s * 2, LONGEST_POLL_S)
 

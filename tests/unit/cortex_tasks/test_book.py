@@ -133,7 +133,9 @@ def test_a_job_that_has_merely_started_is_awaited_further() -> None:
     assert (tickets["a"].outcome, len(book)) == (None, 1)
 
 
-@pytest.mark.parametrize("raw", [b"", b"CXP1", b"\xff\xfe", b"[]", b"{}", b"null", b"CXP1\x02\x00\x00\x00{}"])
+@pytest.mark.parametrize(
+    "raw", [b"", b"CXP1", b"\xff\xfe", b"[]", b"{}", b"null", b"CXP1\x02\x00\x00\x00{}", b'{"status":"SUCCESS"}']
+)
 def test_an_unreadable_answer_is_an_outcome_too(raw: bytes) -> None:
     book, tickets = book_of("a")
     book.received(["a"], [raw], 100.0, announced=True)

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from cortex_tasks import codec
-from cortex_tasks.book import LoopTicket, ThreadTicket
+from cortex_tasks.book import LoopTicket, ThreadTicket, Ticket
 from cortex_tasks.codec import Heard
 from cortex_tasks.errors import BrokerUnavailable
 from cortex_tasks.replies import FETCH_KEYS, AsyncReplies, Replies
@@ -74,6 +74,19 @@ class FakeAsyncWire:
             return getattr(self._wire, name)(*args)
 
         return call
+
+
+class Broken(Ticket):
+    """Whoever waits for it cannot take its answer."""
+
+    __slots__ = ("_error",)
+
+    def __init__(self, job_id: str, error: type[BaseException] = KeyError) -> None:
+        super().__init__(job_id)
+        self._error = error
+
+    def _wake(self) -> None:
+        raise self._error("a ticket's defect")
 
 
 @pytest.fixture
@@ -141,6 +154,60 @@ def test_a_closed_one_starts_again_when_needed(wire: FakeWire) -> None:
         assert ticket.wait(5)
         replies.close()
     assert (wire.listened, wire.unlistened) == (2, 2)
+
+
+def test_a_thread_that_the_system_refused_is_started_by_the_next_call(
+    wire: FakeWire, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    replies = Replies(wire, "me")  # type: ignore[arg-type]
+    with monkeypatch.context() as patched:
+        patched.setattr(threading.Thread, "start", refuse)
+        with pytest.raises(RuntimeError):
+            replies.watch([ThreadTicket("refused")])
+        replies.close()
+    wire.stored["a"] = DONE
+    replies.watch([ticket := ThreadTicket("a")])
+    assert ticket.wait(1.0)
+    replies.close()
+
+
+def test_an_answer_that_breaks_its_ticket_is_not_the_end_of_the_others(
+    wire: FakeWire, caplog: pytest.LogCaptureFixture
+) -> None:
+    replies = Replies(wire, "me")  # type: ignore[arg-type]
+    broken, neighbour, later = Broken("a"), ThreadTicket("b"), ThreadTicket("c")
+    wire.stored = dict.fromkeys("abc", DONE)
+    replies.watch([broken, neighbour])
+    assert neighbour.wait(1.0)
+    replies.watch([later])
+    assert later.wait(1.0)
+    assert "a ticket's defect" in caplog.text
+    replies.close()
+
+
+async def test_the_task_outlives_such_an_answer_too(wire: FakeWire) -> None:
+    replies = AsyncReplies(FakeAsyncWire(wire), "me")  # type: ignore[arg-type]
+    broken, neighbour = Broken("a"), LoopTicket("b")
+    wire.stored = dict.fromkeys("ab", DONE)
+    await replies.watch([broken, neighbour])
+    assert await neighbour.wait(1.0)
+    await replies.close()
+
+
+def test_a_thread_that_ended_is_replaced(wire: FakeWire, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(threading, "excepthook", lambda args: None)
+    replies = Replies(wire, "me")  # type: ignore[arg-type]
+    wire.stored["a"] = DONE
+    replies.watch([broken := Broken("a", SystemExit)])
+    assert broken and replies._thread is not None
+    replies._thread.join(1.0)
+    wire.stored["b"] = DONE
+    replies.watch([ticket := ThreadTicket("b")])
+    assert ticket.wait(1.0)
+    replies.close()
 
 
 async def test_the_task_hears_polls_and_mends_too(wire: FakeWire) -> None:
