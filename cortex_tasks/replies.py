@@ -41,6 +41,29 @@ def _down(error: Exception) -> BrokerUnavailable:
     return BrokerUnavailable(f"reading answers failed: {type(error).__name__}: {error}")
 
 
+class _Failures:
+    """Why subscribing failed, for those who meanwhile waited for their turn to try: a Redis that hangs is not tried by
+    one after the other, each for a whole time-out."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self._last = BrokerUnavailable()
+
+    def check(self, seen: int) -> None:
+        """Raise the last one, if there were more than ``seen``."""
+        if self.count > seen:
+            raise BrokerUnavailable(self._last.message, self._last.details)
+
+    @contextmanager
+    def noted(self) -> Iterator[None]:
+        """A failure of the block counts."""
+        try:
+            yield
+        except BrokerUnavailable as error:
+            self.count, self._last = self.count + 1, error
+            raise
+
+
 class Replies:
     """The subscription of a ``Cortex`` and the thread that reads it, both there only while answers are awaited."""
 
@@ -55,15 +78,19 @@ class Replies:
         self._changed = threading.Condition()
         self._thread: threading.Thread | None = None
         self._closed = False
+        self._failures = _Failures()
         #: Why nothing can be heard at the moment, if so.
         self.down: BrokerUnavailable | None = None
 
     def watch(self, tickets: Iterable[Ticket]) -> None:
         """Await these jobs; call it before they are published. Raises BrokerUnavailable."""
+        seen = self._failures.count
         with self._changed:
             # One may be there that the system refused to start, or that ended as no thread should.
             if self._thread is None or not self._thread.is_alive():
-                self._wire.listen(self._channel)
+                self._failures.check(seen)
+                with self._failures.noted():
+                    self._wire.listen(self._channel)
                 self._closed = False
                 self._thread = threading.Thread(target=self._run, name="cortex-replies", daemon=True)
                 self._thread.start()
@@ -149,6 +176,7 @@ class AsyncReplies:
         self._clock = clock
         self._book = Book()
         self._starting = asyncio.Lock()
+        self._failures = _Failures()
         #: Something for the task to do before its time.
         self._news = asyncio.Event()
         #: The task sleeps until there are news.
@@ -162,9 +190,12 @@ class AsyncReplies:
     async def watch(self, tickets: Iterable[Ticket]) -> None:
         """Await these jobs; call it before they are published. Raises BrokerUnavailable."""
         if self._task is None or self._task.done():
+            seen = self._failures.count
             async with self._starting:
                 if self._task is None or self._task.done():
-                    await self._listen()
+                    self._failures.check(seen)
+                    with self._failures.noted():
+                        await self._listen()
                     self.down = None
                     self._task = asyncio.create_task(self._run(), name="cortex-replies")
         self._book.add(tickets, self._clock())

@@ -145,6 +145,75 @@ def test_watching_without_a_connection_fails_at_once(wire: FakeWire) -> None:
         Replies(wire, "me").watch([ThreadTicket("a")])  # type: ignore[arg-type]
 
 
+class CountingLock:
+    """A lock that knows how often it was wanted."""
+
+    def __init__(self) -> None:
+        self._lock = threading.RLock()
+        self.wanted = 0
+
+    def __enter__(self) -> bool:
+        self.wanted += 1
+        return self._lock.__enter__()
+
+    def __exit__(self, *_: object) -> None:
+        self._lock.release()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._lock, name)
+
+
+def test_who_waits_while_subscribing_fails_is_told_so_and_does_not_try_in_turn(
+    wire: FakeWire, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Redis hangs: each try takes a whole time-out."""
+    replies = Replies(wire, "me")  # type: ignore[arg-type]
+    lock, tries, errors = CountingLock(), [], []
+    replies._changed = threading.Condition(lock)  # type: ignore[arg-type]
+
+    def hang(channel: str) -> None:
+        tries.append(channel)
+        poll_until(lambda: lock.wanted >= 3, "everybody waits")
+        raise BrokerUnavailable("hangs")
+
+    def ask() -> None:
+        try:
+            replies.watch([ThreadTicket("a")])
+        except BrokerUnavailable as error:
+            errors.append(error)
+
+    monkeypatch.setattr(wire, "listen", hang)
+    threads = [threading.Thread(target=ask) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert (len(tries), [str(error) for error in errors]) == (1, ["hangs"] * 3)
+    assert len({id(error) for error in errors}) == 3, "each its own, with a traceback of its own"
+    ask()
+    assert len(tries) == 2, "who comes later tries anew"
+
+
+async def test_coroutines_that_wait_meanwhile_are_told_so_too(wire: FakeWire) -> None:
+    over, tries, gate = FakeAsyncWire(wire), [], asyncio.Event()
+    replies = AsyncReplies(over, "me")  # type: ignore[arg-type]
+
+    async def hang(channel: str, *_: Any) -> None:
+        tries.append(channel)
+        await gate.wait()
+        raise BrokerUnavailable("hangs")
+
+    over.listen = hang  # type: ignore[method-assign]
+    asked = [asyncio.create_task(replies.watch([LoopTicket("a")])) for _ in range(3)]
+    await asyncio.sleep(0)
+    gate.set()
+    errors = await asyncio.gather(*asked, return_exceptions=True)
+    assert (len(tries), [str(error) for error in errors]) == (1, ["hangs"] * 3)
+    with pytest.raises(BrokerUnavailable):
+        await replies.watch([LoopTicket("b")])
+    assert len(tries) == 2
+
+
 def test_a_closed_one_starts_again_when_needed(wire: FakeWire) -> None:
     replies = Replies(wire, "me")  # type: ignore[arg-type]
     for job_id in "ab":
@@ -202,7 +271,8 @@ def test_a_thread_that_ended_is_replaced(wire: FakeWire, monkeypatch: pytest.Mon
     replies = Replies(wire, "me")  # type: ignore[arg-type]
     wire.stored["a"] = DONE
     replies.watch([broken := Broken("a", SystemExit)])
-    assert broken and replies._thread is not None
+    assert broken
+    assert replies._thread is not None
     replies._thread.join(1.0)
     wire.stored["b"] = DONE
     replies.watch([ticket := ThreadTicket("b")])
