@@ -41,6 +41,8 @@ _log = logging.getLogger(__name__)
 
 #: A command that takes longer than this finds Redis unavailable.
 COMMAND_TIMEOUT_S: Final = 4.0
+#: Connections of one Cortex: as many as threads ask at once. redis-py's own limit of 100 fails whoever comes then.
+THREAD_CONNECTIONS: Final = 2**31
 #: Connections of one AsyncCortex; more commands at once wait for one of them.
 ASYNC_CONNECTIONS: Final = 16
 #: How often a silent subscription is asked whether it still stands.
@@ -180,14 +182,15 @@ class RedisWire:
         # One retry mends a connection that died in the pool; a time-out is final, or it would add up.
         once = redis.retry.Retry(ConstantBackoff(0.05), 1, (redis.ConnectionError,))
         never = redis.retry.Retry(NoBackoff(), 0)
+        most = {"max_connections": THREAD_CONNECTIONS}
         # Any: redis-py types its commands for both of its clients at once.
         self._broker: Any
         self._results: Any
         self._listener: Any
         with _valid(self._broker_url):
-            self._broker = redis.Redis.from_url(self._broker_url, **_client_options(settings, once))
+            self._broker = redis.Redis.from_url(self._broker_url, **_client_options(settings, once), **most)
         with _valid(self._results_url):
-            self._results = redis.Redis.from_url(self._results_url, **_client_options(settings, once))
+            self._results = redis.Redis.from_url(self._results_url, **_client_options(settings, once), **most)
             # A silent reconnect would hide that announcements were missed.
             self._listener = redis.Redis.from_url(self._results_url, **_client_options(settings, never))
         self._push = ScriptLine(self._broker, PUSH_SCRIPT)

@@ -13,7 +13,7 @@ from cortex_tasks.app import make_app
 from cortex_tasks.cli import main
 from cortex_tasks.config import FleetConfig
 from cortex_tasks.tasks import register
-from cortex_tasks.wire import unavailable
+from cortex_tasks.wire import RedisWire, unavailable
 from tests.support.redis_server import RedisServer, free_port
 
 URL = "redis://lake:hunter2@127.0.0.1:6379/0"
@@ -119,6 +119,17 @@ def test_the_command_line_says_how_redis_refuses(
     assert result.exit_code == 3
     assert "does not let us in" in result.stderr
     assert "wrong" not in result.stderr.replace("WRONGPASS", "")
+
+
+def test_more_than_a_hundred_threads_may_ask_at_once(redis_url: str) -> None:
+    """redis-py 8 gives no more than 100 connections unless it is told to."""
+    wire = RedisWire(Settings.model_validate({"broker_url": redis_url}))
+    for client in (wire._broker, wire._results):
+        for _ in range(101):
+            client.connection_pool.get_connection()
+    assert wire.depth("echo") == 0
+    assert wire.fetch(["a"]) == [None]
+    wire.close()
 
 
 @pytest.mark.parametrize(
