@@ -14,11 +14,11 @@ from typing import Any, Final, cast
 
 import redis
 from hiredis import pack_command
-from redis.exceptions import NoScriptError
+from redis.exceptions import NoScriptError, ReadOnlyError, RedisError, ResponseError
 
 from cortex_tasks.loop_line import Pipe
 
-__all__ = ["AsyncScriptLine", "ScriptLine", "packed"]
+__all__ = ["AsyncScriptLine", "ScriptLine", "outdated", "packed"]
 
 #: Commands of one connection that are under way at once.
 _UNDER_WAY: Final = 16
@@ -41,6 +41,14 @@ def _by_text(script: Any, keys: Sequence[Any], args: Sequence[Any]) -> bytes:
     return packed("EVAL", script.script, len(keys), *keys, *args)
 
 
+def outdated(error: BaseException) -> bool:
+    """Whether a new connection may mend this: the old one was lost, or leads to what became a replica in a failover,
+    while the address leads to the new primary by now."""
+    # A script's error has no class of its own before Redis 7.
+    read_only = isinstance(error, ReadOnlyError) or (isinstance(error, ResponseError) and "-READONLY " in str(error))
+    return read_only or isinstance(error, redis.ConnectionError)
+
+
 class ScriptLine:
     """For threads. ``client``: a redis-py client, whose settings count."""
 
@@ -51,9 +59,9 @@ class ScriptLine:
         self._taken = threading.Lock()
 
     def run(self, keys: Sequence[Any], args: Sequence[Any]) -> Any:
-        """What the script returns. Raises what redis-py raises; a connection that was lost is tried once more."""
+        """What the script returns. Raises what redis-py raises; what a new connection may mend is tried once more."""
         if not self._taken.acquire(blocking=False):
-            return self._script(keys, args)
+            return self._pooled(keys, args)
         try:
             try:
                 return self._try_twice(_by_name(self._script, keys, args))
@@ -62,10 +70,22 @@ class ScriptLine:
         finally:
             self._taken.release()
 
+    def _pooled(self, keys: Sequence[Any], args: Sequence[Any]) -> Any:
+        try:
+            return self._script(keys, args)
+        except ResponseError as error:
+            if not outdated(error):
+                raise
+            # The one that answered is among them.
+            self._pool.disconnect(inuse_connections=False)
+            return self._script(keys, args)
+
     def _try_twice(self, command: bytes) -> Any:
         try:
             return self._call(command)
-        except redis.ConnectionError:
+        except RedisError as error:
+            if not outdated(error):
+                raise
             return self._call(command)
 
     def _call(self, command: bytes) -> Any:
@@ -75,11 +95,10 @@ class ScriptLine:
         try:
             self._connection.send_packed_command([command])
             return self._connection.read_response()
-        except redis.ResponseError:
-            raise
-        except BaseException:
-            # Ctrl-C in between: nobody else may read this answer.
-            self._connection.disconnect()
+        except BaseException as error:
+            # Anything but an answer, Ctrl-C for one: nobody else may read what is still to come.
+            if not isinstance(error, ResponseError) or outdated(error):
+                self._connection.disconnect()
             raise
 
     def close(self) -> None:
@@ -111,7 +130,7 @@ class AsyncScriptLine:
         return pipe is not None and (len(pipe) >= _UNDER_WAY or pipe.congested)
 
     async def run(self, keys: Sequence[Any], args: Sequence[Any]) -> Any:
-        """What the script returns. Raises what redis-py raises; a connection that was lost is tried once more."""
+        """What the script returns. Raises what redis-py raises; what a new connection may mend is tried once more."""
         until_s = asyncio.get_running_loop().time() + self._timeout_s
         try:
             try:
@@ -124,14 +143,21 @@ class AsyncScriptLine:
     async def _try_twice(self, command: bytes, until_s: float) -> Any:
         try:
             return await self._call(command, until_s)
-        except redis.ConnectionError:
+        except RedisError as error:
+            if not outdated(error):
+                raise
             return await self._call(command, until_s)
 
     async def _call(self, command: bytes, until_s: float) -> Any:
         pipe = self._pipe
         if pipe is None or pipe.lost is not None:
             pipe = await self._open(until_s)
-        return await pipe.ask(command, until_s)
+        try:
+            return await pipe.ask(command, until_s)
+        except ResponseError as error:
+            if outdated(error):
+                pipe.abort()
+            raise
 
     async def _open(self, until_s: float) -> Pipe:
         try:

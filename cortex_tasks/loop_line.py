@@ -65,6 +65,9 @@ class LoopLine(asyncio.Protocol):
 
     def abort(self) -> None:
         """Give it up at once: it answers no more."""
+        # asyncio says so a turn later, and until then somebody might ask.
+        if self.lost is None:
+            self.lost = redis.ConnectionError("the connection to Redis was given up")
         self._transport.abort()
 
     async def close(self) -> None:

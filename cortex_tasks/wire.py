@@ -27,7 +27,7 @@ from redis.exceptions import (
 from cortex_tasks.codec import Heard, queue_keys, read_reply, result_key
 from cortex_tasks.config import Settings, mask_url
 from cortex_tasks.errors import BrokerUnavailable, ConfigError
-from cortex_tasks.lines import AsyncScriptLine, ScriptLine, packed
+from cortex_tasks.lines import AsyncScriptLine, ScriptLine, outdated, packed
 from cortex_tasks.loop_line import Subscription
 from cortex_tasks.presence import WORKERS_KEY, WorkerCard, parse_cards, read_cards, worker_key
 from cortex_tasks.publish import PUSH_SCRIPT, Envelope, push_arguments, revoke_message
@@ -282,13 +282,23 @@ class AsyncRedisWire:
 
     async def push(self, envelope: Envelope, messages: Sequence[bytes], *, partial: bool) -> tuple[int, int]:
         keys, args = push_arguments(envelope, messages, partial=partial)
-        push = self._push if self._line.taken else self._line.run
+        push = self._pooled if self._line.taken else self._line.run
         # As ``_reaching``, which takes longer.
         try:
             pushed, depth = await push(keys, args)
         except (RedisError, OSError) as error:
             raise unavailable(self._broker_url, error) from error
         return int(pushed), int(depth)
+
+    async def _pooled(self, keys: Sequence[Any], args: Sequence[Any]) -> Any:
+        try:
+            return await self._push(keys, args)
+        except ResponseError as error:
+            if not outdated(error):
+                raise
+            # The one that answered is among them.
+            await self._broker.connection_pool.disconnect(inuse_connections=False)
+            return await self._push(keys, args)
 
     async def fetch(self, job_ids: Sequence[str]) -> list[bytes | None]:
         with _reaching(self._results_url):

@@ -14,7 +14,8 @@ import redis
 import redis.asyncio
 
 from cortex_tasks.lines import AsyncScriptLine, ScriptLine
-from tests.support.redis_server import RedisServer
+from tests.support.failover import Failover
+from tests.support.redis_server import RedisServer, free_port
 
 #: Returns its argument, and counts how often it ran.
 SCRIPT = "redis.call('INCR', KEYS[1]) return ARGV[1]"
@@ -36,6 +37,12 @@ async def async_client(redis_url: str) -> AsyncIterator[Any]:
 
 def kill_others(client: Any) -> None:
     client.execute_command("CLIENT", "KILL", "TYPE", "normal", "SKIPME", "yes")
+
+
+@pytest.fixture
+def failover(tmp_path: Path) -> Iterator[Failover]:
+    with Failover(tmp_path) as made:
+        yield made
 
 
 # ------------------------------------------------------------------------------------------------- threads
@@ -66,6 +73,26 @@ def test_a_refusal_leaves_the_line_in_order(client: Any) -> None:
         line.run(["n"], ["a"])
     client.delete("n")
     assert line.run(["n"], ["b"]) == b"b"
+
+
+@pytest.mark.parametrize("busy", [False, True], ids=["on the line", "through the pool"])
+def test_after_a_failover_the_new_primary_is_asked(failover: Failover, busy: bool) -> None:
+    with redis.Redis.from_url(failover.url) as client:
+        line = ScriptLine(client, SCRIPT)
+        if busy:
+            line._taken.acquire()
+        assert line.run(["n"], ["a"]) == b"a"
+        failover.happen()
+        assert line.run(["n"], ["b"]) == b"b"
+
+
+def test_a_replica_is_an_error_all_the_same(failover: Failover) -> None:
+    with redis.Redis.from_url(failover.url) as client:
+        line = ScriptLine(client, SCRIPT)
+        line.run(["n"], ["a"])
+        client.replicaof("127.0.0.1", free_port())
+        with pytest.raises(redis.ResponseError, match="READONLY"):
+            line.run(["n"], ["b"])
 
 
 def test_threads_at_once_get_their_own_answers(client: Any) -> None:
@@ -183,6 +210,27 @@ async def test_async_a_refusal_is_the_callers_own(async_client: Any, client: Any
     found = await asyncio.gather(*(line.run([key], [key]) for key in ("a", "text", "b")), return_exceptions=True)
     assert [found[0], type(found[1]), found[2]] == [b"a", redis.ResponseError, b"b"]
     await line.close()
+
+
+async def test_async_after_a_failover_the_new_primary_is_asked(failover: Failover) -> None:
+    async with redis.asyncio.Redis.from_url(failover.url, socket_timeout=None) as client:
+        line = AsyncScriptLine(client, SCRIPT, 5.0)
+        assert await line.run(["n"], ["a"]) == b"a"
+        failover.happen()
+        words = [str(n).encode() for n in range(8)]
+        assert await asyncio.gather(*(line.run(["n"], [word]) for word in words)) == words
+        assert await client.get("n") == b"8"
+        await line.close()
+
+
+async def test_async_a_replica_is_an_error_all_the_same(failover: Failover) -> None:
+    async with redis.asyncio.Redis.from_url(failover.url, socket_timeout=None) as client:
+        line = AsyncScriptLine(client, SCRIPT, 5.0)
+        await line.run(["n"], ["a"])
+        await client.replicaof("127.0.0.1", free_port())
+        with pytest.raises(redis.ResponseError, match="READONLY"):
+            await line.run(["n"], ["b"])
+        await line.close()
 
 
 async def test_async_a_late_answer_is_nobodys(async_client: Any) -> None:

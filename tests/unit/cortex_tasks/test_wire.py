@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 import redis
 from click.testing import CliRunner
+from pydantic import SecretStr
 
 from cortex_tasks import AsyncCortex, BrokerUnavailable, Cortex, Settings
 from cortex_tasks.app import make_app
 from cortex_tasks.cli import main
+from cortex_tasks.client.core import Core
 from cortex_tasks.config import FleetConfig
+from cortex_tasks.lines import AsyncScriptLine
 from cortex_tasks.tasks import register
-from cortex_tasks.wire import RedisWire, unavailable
+from cortex_tasks.wire import AsyncRedisWire, RedisWire, unavailable
+from tests.support.failover import Failover
 from tests.support.redis_server import RedisServer, free_port
 
 URL = "redis://lake:hunter2@127.0.0.1:6379/0"
@@ -130,6 +135,21 @@ def test_more_than_a_hundred_threads_may_ask_at_once(redis_url: str) -> None:
     assert wire.depth("echo") == 0
     assert wire.fetch(["a"]) == [None]
     wire.close()
+
+
+@pytest.mark.parametrize("busy", [False, True], ids=["on the line", "through the pool"])
+async def test_after_a_failover_the_new_primary_gets_the_jobs(
+    tmp_path: Path, echo_fleet: FleetConfig, monkeypatch: pytest.MonkeyPatch, busy: bool
+) -> None:
+    monkeypatch.setattr(AsyncScriptLine, "taken", busy)
+    envelope = Core(echo_fleet, 1.0).plan("embed", model="echo").envelope
+    with Failover(tmp_path) as failover:
+        # Not validated: no setting names a socket's file.
+        wire = AsyncRedisWire(Settings.model_construct(broker_url=SecretStr(failover.url)))
+        assert await wire.push(envelope, [b"a"], partial=False) == (1, 1)
+        failover.happen()
+        assert await wire.push(envelope, [b"b"], partial=False) == (1, 1)
+        await wire.close()
 
 
 @pytest.mark.parametrize(
