@@ -18,7 +18,7 @@ from redis.exceptions import NoScriptError, ReadOnlyError, RedisError, ResponseE
 
 from cortex_tasks.loop_line import Pipe
 
-__all__ = ["AsyncScriptLine", "ScriptLine", "outdated", "packed"]
+__all__ = ["AsyncLine", "AsyncScriptLine", "ScriptLine", "outdated", "packed"]
 
 #: Commands of one connection that are under way at once.
 _UNDER_WAY: Final = 16
@@ -109,16 +109,17 @@ class ScriptLine:
                 self._pool.release(connection)
 
 
-class AsyncScriptLine:
+class AsyncLine:
     """For the coroutines of one event loop, several of which may be under way at once.
 
-    ``client``: a ``redis.asyncio`` client, whose settings count. ``timeout_s``: how long a command may take.
+    ``client``: a ``redis.asyncio`` client, whose settings count. ``timeout_s``: how long a command may take;
+    ``patience_s``: see ``Pipe``.
     """
 
-    def __init__(self, client: Any, script: str, timeout_s: float) -> None:
+    def __init__(self, client: Any, timeout_s: float, patience_s: float | None = None) -> None:
         self._client = client
-        self._script = client.register_script(script)
         self._timeout_s = timeout_s
+        self._patience_s = patience_s
         self._pipe: Pipe | None = None
         self._opening = asyncio.Lock()
         self._closed = False
@@ -129,24 +130,23 @@ class AsyncScriptLine:
         pipe = self._pipe
         return pipe is not None and (len(pipe) >= _UNDER_WAY or pipe.congested)
 
-    async def run(self, keys: Sequence[Any], args: Sequence[Any]) -> Any:
-        """What the script returns. Raises what redis-py raises; what a new connection may mend is tried once more."""
-        until_s = asyncio.get_running_loop().time() + self._timeout_s
+    async def ask(self, command: bytes, until_s: float | None = None) -> Any:
+        """The answer to a packed command. Raises what redis-py raises; what a new connection may mend is tried once
+        more. ``until_s``: of the loop's clock."""
+        if until_s is None:
+            until_s = self._until_s()
         try:
             try:
-                return await self._try_twice(_by_name(self._script, keys, args), until_s)
-            except NoScriptError:
-                return await self._try_twice(_by_text(self._script, keys, args), until_s)
+                return await self._call(command, until_s)
+            except RedisError as error:
+                if not outdated(error):
+                    raise
+                return await self._call(command, until_s)
         except redis.TimeoutError as error:
             raise redis.TimeoutError(f"no answer within {self._timeout_s:g} s") from error
 
-    async def _try_twice(self, command: bytes, until_s: float) -> Any:
-        try:
-            return await self._call(command, until_s)
-        except RedisError as error:
-            if not outdated(error):
-                raise
-            return await self._call(command, until_s)
+    def _until_s(self) -> float:
+        return asyncio.get_running_loop().time() + self._timeout_s
 
     async def _call(self, command: bytes, until_s: float) -> Any:
         pipe = self._pipe
@@ -174,7 +174,7 @@ class AsyncScriptLine:
                 lost, self._pipe = self._pipe, None
                 await lost.close()
             if self._pipe is None:
-                self._pipe = await Pipe.open(self._client)
+                self._pipe = await Pipe.open(self._client, self._patience_s)
             return self._pipe
 
     async def close(self) -> None:
@@ -184,3 +184,19 @@ class AsyncScriptLine:
             pipe, self._pipe = self._pipe, None
         if pipe is not None:
             await pipe.close()
+
+
+class AsyncScriptLine(AsyncLine):
+    """One script over an ``AsyncLine``."""
+
+    def __init__(self, client: Any, script: str, timeout_s: float) -> None:
+        super().__init__(client, timeout_s)
+        self._script = client.register_script(script)
+
+    async def run(self, keys: Sequence[Any], args: Sequence[Any]) -> Any:
+        """What the script returns. Raises what redis-py raises; what a new connection may mend is tried once more."""
+        until_s = self._until_s()
+        try:
+            return await self.ask(_by_name(self._script, keys, args), until_s)
+        except NoScriptError:
+            return await self.ask(_by_text(self._script, keys, args), until_s)

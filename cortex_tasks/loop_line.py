@@ -106,9 +106,14 @@ class LoopLine(asyncio.Protocol):
 class Pipe(LoopLine):
     """Commands in, their answers out, in the same order; nobody waits for his turn."""
 
-    def __init__(self, connection: Any) -> None:
+    def __init__(self, connection: Any, patience_s: float | None = None) -> None:
+        """``patience_s``: while bytes of a long answer keep coming, it is given so much longer, again and again; None:
+        an answer is whole in time, or late."""
         super().__init__(connection)
         self._asked: deque[asyncio.Future[Any]] = deque()
+        self._patience_s = patience_s
+        #: Whether anything came since something was asked for, or given longer.
+        self._came = False
 
     def __len__(self) -> int:
         """Commands whose answers are still to come."""
@@ -118,6 +123,7 @@ class Pipe(LoopLine):
         """Raises what redis-py raises. What is not answered in time (of the loop's clock) ends the connection: nobody
         may read a late answer."""
         self.send(command)
+        self._came = False
         loop = asyncio.get_running_loop()
         answer = loop.create_future()
         self._asked.append(answer)
@@ -127,9 +133,18 @@ class Pipe(LoopLine):
         finally:
             timer.cancel()
 
+    def data_received(self, data: bytes) -> None:
+        self._came = True
+        super().data_received(data)
+
     def _late(self, answer: asyncio.Future[Any]) -> None:
-        if not answer.done():
-            answer.set_exception(redis.TimeoutError("no answer in time"))
+        if answer.done():
+            return
+        if self._came and self._patience_s is not None:
+            self._came = False
+            asyncio.get_running_loop().call_later(self._patience_s, self._late, answer)
+            return
+        answer.set_exception(redis.TimeoutError("no answer in time"))
         self.abort()
 
     def _heard(self, reply: Any) -> None:

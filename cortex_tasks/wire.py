@@ -27,7 +27,7 @@ from redis.exceptions import (
 from cortex_tasks.codec import Heard, queue_keys, read_reply, result_key
 from cortex_tasks.config import Settings, mask_url
 from cortex_tasks.errors import BrokerUnavailable, ConfigError
-from cortex_tasks.lines import AsyncScriptLine, ScriptLine, outdated, packed
+from cortex_tasks.lines import AsyncLine, AsyncScriptLine, ScriptLine, outdated, packed
 from cortex_tasks.loop_line import Subscription
 from cortex_tasks.presence import WORKERS_KEY, WorkerCard, parse_cards, read_cards, worker_key
 from cortex_tasks.publish import PUSH_SCRIPT, Envelope, push_arguments, revoke_message
@@ -260,23 +260,19 @@ class AsyncRedisWire:
         self._broker_url, self._results_url = settings.broker, settings.results
         once = Retry(ConstantBackoff(0.05), 1, (redis.ConnectionError,))
         never = Retry(NoBackoff(), 0)
-        pool = {"max_connections": ASYNC_CONNECTIONS, "timeout": None}
         self._broker: Any
-        self._results: Any
         self._listener: Any
         self._publisher: Any
         with _valid(self._broker_url):
-            self._broker = Redis.from_pool(
-                BlockingConnectionPool.from_url(self._broker_url, **_client_options(settings, once), **pool)
-            )
+            options = {**_client_options(settings, once), "max_connections": ASYNC_CONNECTIONS, "timeout": None}
+            self._broker = Redis.from_pool(BlockingConnectionPool.from_url(self._broker_url, **options))
         with _valid(self._results_url):
-            self._results = Redis.from_pool(
-                BlockingConnectionPool.from_url(self._results_url, **_client_options(settings, once), **pool)
-            )
             self._listener = Redis.from_url(self._results_url, **_client_options(settings, never))
             self._publisher = Redis.from_url(self._broker_url, **_client_options(settings, never))
         self._push = self._broker.register_script(PUSH_SCRIPT)
         self._line = AsyncScriptLine(self._publisher, PUSH_SCRIPT, COMMAND_TIMEOUT_S)
+        # A long answer may take longer than a command to cross the network, as long as it comes.
+        self._results = AsyncLine(self._listener, COMMAND_TIMEOUT_S, patience_s=COMMAND_TIMEOUT_S)
         self._db = int(self._broker.get_connection_kwargs().get("db", 0))
         self._subscription: Subscription | None = None
 
@@ -302,7 +298,7 @@ class AsyncRedisWire:
 
     async def fetch(self, job_ids: Sequence[str]) -> list[bytes | None]:
         with _reaching(self._results_url):
-            found = await self._results.mget([result_key(job_id) for job_id in job_ids])
+            found = await self._results.ask(packed("MGET", *[result_key(job_id) for job_id in job_ids]))
         return list(found)
 
     async def listen(
@@ -346,7 +342,8 @@ class AsyncRedisWire:
 
     async def close(self) -> None:
         await self.unlisten()
-        await self._line.close()
-        for client in (self._broker, self._publisher, self._results, self._listener):
+        for line in (self._line, self._results):
+            await line.close()
+        for client in (self._broker, self._publisher, self._listener):
             await client.aclose()
             await client.connection_pool.disconnect()

@@ -155,3 +155,40 @@ async def test_a_pipe_that_is_lost_leaves_nobody_waiting(async_client: Any, clie
     found = await asyncio.gather(*asked, return_exceptions=True)
     assert [type(one) for one in found] == [redis.ConnectionError] * 3
     await pipe.close()
+
+
+async def test_a_pipe_that_is_given_up_takes_nothing_more(async_client: Any) -> None:
+    """Not even in the turn of the loop in which that happens."""
+    pipe = await Pipe.open(async_client)
+    pipe.abort()
+    with pytest.raises(redis.ConnectionError, match="given up"):
+        pipe.send(packed("PING"))
+    await pipe.close()
+
+
+async def half_an_answer(client: Any, patience_s: float | None) -> tuple[Pipe, asyncio.Task[Any]]:
+    """A command whose time is soon over, and of whose answer two bytes of four have come."""
+    pipe = await Pipe.open(client, patience_s)
+    loop = asyncio.get_running_loop()
+    asked = asyncio.create_task(pipe.ask(packed("BLPOP", "empty", 0), loop.time() + 0.02))
+    # In the turn in which it is asked for: however busy the machine, in time.
+    loop.call_soon(pipe.data_received, b"$4\r\nab")
+    await asyncio.sleep(0)
+    return pipe, asked
+
+
+async def test_an_answer_that_keeps_coming_is_not_late(async_client: Any) -> None:
+    pipe, asked = await half_an_answer(async_client, 60.0)
+    await until(lambda: not pipe._came)
+    pipe.data_received(b"cd\r\n")
+    assert await asked == b"abcd"
+    assert pipe.lost is None
+    await pipe.close()
+
+
+@pytest.mark.parametrize("patience_s", [None, 0.02], ids=["no patience", "and no more comes"])
+async def test_an_answer_that_stops_halfway_is_late(async_client: Any, patience_s: float | None) -> None:
+    pipe, asked = await half_an_answer(async_client, patience_s)
+    with pytest.raises(redis.TimeoutError):
+        await asked
+    await pipe.close()

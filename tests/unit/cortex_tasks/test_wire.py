@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -150,6 +151,28 @@ async def test_after_a_failover_the_new_primary_gets_the_jobs(
         failover.happen()
         assert await wire.push(envelope, [b"b"], partial=False) == (1, 1)
         await wire.close()
+
+
+async def test_an_answer_may_take_longer_than_a_command_to_come(
+    redis_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wire = AsyncRedisWire(Settings.model_validate({"broker_url": redis_url}))
+    assert await wire.fetch(["a"]) == [None]
+    pipe = wire._results._pipe
+    assert pipe is not None
+    monkeypatch.setattr(wire._results, "_timeout_s", 0.02)
+    # What comes over the slow link comes from here.
+    monkeypatch.setattr(pipe, "send", lambda command: None)
+    asked = asyncio.create_task(wire.fetch(["a"]))
+    # In the turn in which it is asked for: however busy the machine, in time.
+    asyncio.get_running_loop().call_soon(pipe.data_received, b"*1\r\n$2\r\na")
+    await asyncio.sleep(0)
+    async with asyncio.timeout(5):
+        while pipe._came:
+            await asyncio.sleep(0.002)
+    pipe.data_received(b"b\r\n")
+    assert await asked == [b"ab"]
+    await wire.close()
 
 
 @pytest.mark.parametrize(
