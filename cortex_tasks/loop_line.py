@@ -11,17 +11,30 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, Final, Self
 
 import hiredis
 import redis
 from redis.exceptions import InvalidResponse
 
-__all__ = ["LoopLine", "Pipe", "Subscription"]
+__all__ = ["LoopLine", "Pipe", "Subscription", "heeded"]
 
 _MORE: Final = object()
 _PING: Final = b"*1\r\n$4\r\nPING\r\n"
+
+
+@contextmanager
+def heeded() -> Iterator[None]:
+    """A cancellation that comes within is raised by the end of the block: Python 3.11's wait_for, which redis-py uses,
+    loses one that comes as what it awaits is done."""
+    task = asyncio.current_task()
+    assert task is not None
+    before = task.cancelling()
+    yield
+    if task.cancelling() > before:
+        raise asyncio.CancelledError
 
 
 class LoopLine(asyncio.Protocol):
@@ -45,7 +58,8 @@ class LoopLine(asyncio.Protocol):
         pool = client.connection_pool
         connection = pool.connection_class(**pool.connection_kwargs)
         try:
-            await connection.connect()
+            with heeded():
+                await connection.connect()
         except BaseException:
             # Also where a time-out ends it halfway.
             await connection.disconnect(nowait=True)

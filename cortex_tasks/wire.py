@@ -28,7 +28,7 @@ from cortex_tasks.codec import Heard, queue_keys, read_reply, result_key
 from cortex_tasks.config import Settings, mask_url
 from cortex_tasks.errors import BrokerUnavailable, ConfigError
 from cortex_tasks.lines import AsyncLine, AsyncScriptLine, ScriptLine, outdated, packed
-from cortex_tasks.loop_line import Subscription
+from cortex_tasks.loop_line import Subscription, heeded
 from cortex_tasks.presence import WORKERS_KEY, WorkerCard, parse_cards, read_cards, worker_key
 from cortex_tasks.publish import PUSH_SCRIPT, Envelope, push_arguments, revoke_message
 
@@ -287,14 +287,15 @@ class AsyncRedisWire:
         return int(pushed), int(depth)
 
     async def _pooled(self, keys: Sequence[Any], args: Sequence[Any]) -> Any:
-        try:
-            return await self._push(keys, args)
-        except ResponseError as error:
-            if not outdated(error):
-                raise
-            # The one that answered is among them.
-            await self._broker.connection_pool.disconnect(inuse_connections=False)
-            return await self._push(keys, args)
+        with heeded():
+            try:
+                return await self._push(keys, args)
+            except ResponseError as error:
+                if not outdated(error):
+                    raise
+                # The one that answered is among them.
+                await self._broker.connection_pool.disconnect(inuse_connections=False)
+                return await self._push(keys, args)
 
     async def fetch(self, job_ids: Sequence[str]) -> list[bytes | None]:
         with _reaching(self._results_url):
@@ -324,17 +325,17 @@ class AsyncRedisWire:
 
     async def revoke(self, job_ids: Sequence[str]) -> None:
         channel, message = revoke_message(job_ids, self._db)
-        with _reaching(self._broker_url):
+        with _reaching(self._broker_url), heeded():
             await self._broker.publish(channel, message)
 
     async def cards(self) -> list[WorkerCard]:
-        with _reaching(self._broker_url):
+        with _reaching(self._broker_url), heeded():
             nodes = [node.decode() for node in await self._broker.zrange(WORKERS_KEY, 0, -1)]
             raw = await self._broker.mget([worker_key(node) for node in nodes]) if nodes else []
         return parse_cards(raw)
 
     async def depth(self, queue: str) -> int:
-        with _reaching(self._broker_url):
+        with _reaching(self._broker_url), heeded():
             async with self._broker.pipeline(transaction=False) as pipe:
                 for key in queue_keys(queue):
                     pipe.llen(key)

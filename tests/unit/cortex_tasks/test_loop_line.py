@@ -6,6 +6,7 @@ import asyncio
 import os
 import signal
 from collections.abc import AsyncIterator, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -164,6 +165,26 @@ async def test_a_pipe_that_is_given_up_takes_nothing_more(async_client: Any) -> 
     with pytest.raises(redis.ConnectionError, match="given up"):
         pipe.send(packed("PING"))
     await pipe.close()
+
+
+async def test_a_cancellation_that_redis_py_loses_is_heeded(
+    async_client: Any, client: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Python 3.11's wait_for loses one that comes as what it awaits is done."""
+    connect = async_client.connection_pool.connection_class.connect
+    connections = client.info("clients")["connected_clients"]
+
+    async def lose_it(connection: Any) -> None:
+        await connect(connection)
+        task.cancel()
+        with suppress(asyncio.CancelledError):
+            await asyncio.sleep(0)
+
+    monkeypatch.setattr(async_client.connection_pool.connection_class, "connect", lose_it)
+    task = asyncio.create_task(Pipe.open(async_client))
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    await until(lambda: client.info("clients")["connected_clients"] == connections)
 
 
 async def half_an_answer(client: Any, patience_s: float | None) -> tuple[Pipe, asyncio.Task[Any]]:

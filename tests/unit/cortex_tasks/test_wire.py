@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import pytest
 import redis
@@ -151,6 +153,34 @@ async def test_after_a_failover_the_new_primary_gets_the_jobs(
         failover.happen()
         assert await wire.push(envelope, [b"b"], partial=False) == (1, 1)
         await wire.close()
+
+
+@pytest.mark.parametrize("call", ["push", "revoke", "cards", "depth"])
+async def test_a_cancellation_that_redis_py_loses_is_heeded(
+    redis_url: str, echo_fleet: FleetConfig, monkeypatch: pytest.MonkeyPatch, call: str
+) -> None:
+    """Python 3.11's wait_for loses one that comes as what it awaits is done."""
+    wire = AsyncRedisWire(Settings.model_validate({"broker_url": redis_url}))
+    get_connection = wire._broker.connection_pool.get_connection
+
+    async def lose_it(*args: Any) -> Any:
+        task.cancel()
+        with suppress(asyncio.CancelledError):
+            await asyncio.sleep(0)
+        return await get_connection(*args)
+
+    monkeypatch.setattr(AsyncScriptLine, "taken", True)
+    monkeypatch.setattr(wire._broker.connection_pool, "get_connection", lose_it)
+    calls = {
+        "push": lambda: wire.push(Core(echo_fleet, 1.0).plan("embed", model="echo").envelope, [b"a"], partial=False),
+        "revoke": lambda: wire.revoke(["a"]),
+        "cards": wire.cards,
+        "depth": lambda: wire.depth("echo"),
+    }
+    task = asyncio.create_task(calls[call]())
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    await wire.close()
 
 
 async def test_an_answer_may_take_longer_than_a_command_to_come(
