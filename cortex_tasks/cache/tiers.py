@@ -5,8 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Any, Final
 
 import redis
@@ -16,6 +15,7 @@ from redis.exceptions import RedisError
 from cortex_tasks.cache.breaker import Breaker
 from cortex_tasks.cache.counters import Counters, Counts, refused, tell
 from cortex_tasks.cache.shelf import SEARCH_INPUTS, Question, Search, Shelf
+from cortex_tasks.loop_line import heeded
 from cortex_tasks.payloads import Result
 from cortex_tasks.settings import Settings, mask_url
 
@@ -50,17 +50,6 @@ def _found(replies: Sequence[Any], counts: Counts, counters: Counters) -> Sequen
         raise found
     counters.give_back(refused(counts, replies[1:]))
     return found
-
-
-@contextmanager
-def _keeping_cancellations() -> Iterator[None]:
-    """Raise a cancellation that came meanwhile and got lost: Python 3.11's wait_for, which redis-py uses, loses one
-    that comes as what it awaits is done."""
-    task = asyncio.current_task()
-    before = task.cancelling() if task is not None else 0
-    yield
-    if task is not None and task.cancelling() > before:
-        raise asyncio.CancelledError
 
 
 class Cache:
@@ -173,7 +162,7 @@ class AsyncCache:
 
     async def _read(self, names: Sequence[bytes], alias: str) -> list[bytes | None] | None:
         async with self._turns:
-            with _keeping_cancellations():
+            with heeded():
                 return await self._ask(names, alias)
 
     async def _ask(self, names: Sequence[bytes], alias: str) -> list[bytes | None] | None:
