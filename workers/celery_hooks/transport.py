@@ -44,6 +44,8 @@ _OVERDUE_S: Final = 10.0
 _BACK_OFF_S: Final = 1.0
 #: Priorities whose lists are waited for: the first of each lane.
 _WAITED_PRIORITIES: Final = (0, 9)
+#: Orders of the queues that are kept.
+_ORDERS: Final = 64
 #: Of a worker's room, what may be promised to waits, and how much to one of them at most.
 _PROMISED_SHARE: Final = 0.25
 _PROMISED_MAX: Final = 8
@@ -154,6 +156,9 @@ class CortexChannel(kombu_redis.Channel):
         queues = tuple(self._queue_cycle.items)
         lists = self._lists.get(queues)
         if lists is None:
+            if len(self._lists) >= _ORDERS:
+                # Of n queues there are n! orders.
+                self._lists.clear()
             of = [(self._q_for_pri(queue, step), queue, step) for step in self.priority_steps for queue in queues]
             lists = self._lists[queues] = Lists(of)
         return Fetch(lists, f"{self._tag_prefix}{next(self._fetches)}-", room, bulk_room)

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from functools import partial
+from itertools import permutations
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -74,6 +75,16 @@ def test_each_queue_gets_its_turn(redis_url: str, client: Any) -> None:
                 if not one.acknowledged:
                     one.ack()
         assert {name[0] for name in worker.names[:4]} == {"a", "b"}
+
+
+def test_of_many_queues_not_every_order_is_kept(redis_url: str, client: Any) -> None:
+    names = [f"q{number}" for number in range(6)]
+    with consuming(redis_url, *names) as worker:
+        # All orders but a few come up: each queue that gave something goes to the end.
+        for count, order in enumerate(permutations(names), 1):
+            worker.channel._queue_cycle.items = list(order)
+            worker.channel._plan(1, 1)
+            assert len(worker.channel._lists) <= min(count, transport._ORDERS)
 
 
 def test_tags_are_unique_and_recorded(redis_url: str, client: Any) -> None:
