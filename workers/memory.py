@@ -83,6 +83,8 @@ class Memory:
             if resident is None:
                 return
             resident.holds = max(0, resident.holds - count)
+            # The jobs that it was loaded for are in line by now, each with a hold of its own.
+            resident.arriving = False
             resident.used_at_s = self._clock()
             leaves = resident.leaving and resident.holds == 0
             if leaves:
@@ -106,7 +108,7 @@ class Memory:
 
         Raises ModelUnavailable when it cannot fit, or found no room in time.
         """
-        newcomer = Resident(alias, size_bytes, reload_s, pinned, 1, self._clock())
+        newcomer = Resident(alias, size_bytes, reload_s, pinned, 1, self._clock(), arriving=True)
         began_s = time.monotonic()
         while True:
             with self._changed:

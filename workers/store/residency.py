@@ -2,7 +2,8 @@
 
 A model that nobody holds goes before one that is held; among them the one that is worth least:
 ``reload seconds x jobs that wait for it / bytes``, and of equals the one that was not used for longest. Pinned ones
-stay. A model with waiting jobs is not thrown out for one that is worth less, as long as the newcomer is patient.
+stay. So does one that arrives, until its first use: two that do not fit together would throw each other out for ever.
+A model with waiting jobs is not thrown out for one that is worth less, as long as the newcomer is patient.
 """
 
 from __future__ import annotations
@@ -28,6 +29,8 @@ class Resident:
     used_at_s: float = 0.0
     #: Jobs that wait for it, as far as they can be seen.
     waiting: float = 0.0
+    #: It is being loaded, or has only just been: nobody has used it yet.
+    arriving: bool = False
     #: It goes as soon as nobody holds it, and nobody new may.
     leaving: bool = False
 
@@ -64,7 +67,7 @@ class Residency:
             if missing <= 0:
                 break
             spared = one.holds > 0 or (one.waiting > 0 and one.worth >= newcomer.worth)
-            if one.pinned or one.size_bytes == 0 or (spared and patient and not one.leaving):
+            if one.pinned or one.arriving or one.size_bytes == 0 or (spared and patient and not one.leaving):
                 continue
             going.append(one)
             missing -= one.size_bytes

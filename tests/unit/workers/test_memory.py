@@ -73,6 +73,21 @@ def test_a_model_in_use_goes_when_its_use_ends_and_takes_no_new_ones() -> None:
     bench.memory.wait_gone("used")
 
 
+def test_a_model_is_not_asked_to_leave_before_the_jobs_that_it_was_loaded_for_are_in_line() -> None:
+    bench = Bench(50, patience_s=0.0, limit_s=0.0)
+    bench.memory.enter("arrives", 50, pinned=False, reload_s=1.0)
+    with pytest.raises(ModelUnavailable):
+        bench.enter("new")
+    assert bench.memory.settle("arrives", 50, 1.0)
+    assert bench.memory.hold("arrives"), "the newcomer has to wait for the first use"
+    bench.memory.release("arrives")
+    with pytest.raises(ModelUnavailable):
+        bench.enter("new")
+    assert not bench.memory.hold("arrives"), "now it goes when its use ends"
+    bench.memory.release("arrives")
+    assert bench.gone == ["arrives"]
+
+
 def test_a_patient_newcomer_waits_for_a_model_with_jobs() -> None:
     bench = Bench(50, patience_s=PATIENCE_S, limit_s=PATIENCE_S)
     bench.enter("wanted")

@@ -52,6 +52,12 @@ def test_a_model_in_use_waits_for_its_end_and_goes_only_when_the_newcomer_has_wa
     assert going(residency, Resident("new", 50, waiting=9), patient=False) == ["held"]
 
 
+def test_a_model_that_arrives_stays_however_long_the_newcomer_has_waited() -> None:
+    residency = holding(100, Resident("arrives", 60, arriving=True, holds=1), Resident("loose", 40))
+    assert going(residency, Resident("new", 40), patient=False) == ["loose"]
+    assert going(residency, Resident("new", 50), patient=False) is None
+
+
 def test_pinned_models_stay_and_count() -> None:
     residency = holding(100, Resident("pinned", 60, pinned=True), Resident("loose", 40))
     assert going(residency, Resident("new", 40)) == ["loose"]
