@@ -116,9 +116,9 @@ class Memory:
                 waited_s = time.monotonic() - began_s
                 going = self._residency.room_for(newcomer, patient=waited_s < self._patience_s)
                 ready = going is not None and all(one.holds == 0 for one in going)
-                if going is not None:
-                    for one in going:
-                        one.leaving = True
+                for one in going or ():
+                    # The others may be used until all have gone: another's going may turn out to be room enough.
+                    one.leaving = one.holds > 0
                 if ready and going is not None:
                     self._take_out(going)
                     self._residency.residents[alias] = newcomer

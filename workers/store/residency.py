@@ -31,7 +31,7 @@ class Resident:
     waiting: float = 0.0
     #: It is being loaded, or has only just been: nobody has used it yet.
     arriving: bool = False
-    #: It goes as soon as nobody holds it, and nobody new may.
+    #: It goes as soon as nobody holds it, and nobody new may. Only one that is held is ever about to leave.
     leaving: bool = False
 
     @property

@@ -88,6 +88,21 @@ def test_a_model_is_not_asked_to_leave_before_the_jobs_that_it_was_loaded_for_ar
     assert bench.gone == ["arrives"]
 
 
+def test_an_unused_model_may_be_used_until_the_newcomer_can_take_its_place() -> None:
+    bench = Bench(100, patience_s=0.0, limit_s=0.0)
+    bench.enter("small", 20)
+    bench.enter("large", 60)
+    assert bench.memory.hold("large")
+    with pytest.raises(ModelUnavailable):
+        bench.enter("new", 50)
+    bench.memory.release("large")
+    assert bench.gone == ["large"], "which is room enough"
+    assert bench.memory.hold("small"), "nobody needs its place any more"
+    bench.memory.release("small")
+    bench.enter("new", 50)
+    assert bench.gone == ["large"]
+
+
 def test_a_patient_newcomer_waits_for_a_model_with_jobs() -> None:
     bench = Bench(50, patience_s=PATIENCE_S, limit_s=PATIENCE_S)
     bench.enter("wanted")
