@@ -123,7 +123,7 @@ class Admission:
                 jobs, self._incoming = self._incoming, []
             try:
                 self._admit(jobs)
-            except Exception as error:
+            except BaseException as error:  # a panic of a Rust library is no Exception
                 logger.exception("jobs could not be admitted")
                 fail_inside([job for job in jobs if not self._is_parked(job)], error, self._events)
 
@@ -206,7 +206,7 @@ class Admission:
             prepared = adapter.prepare(group.task, inputs, plain[0].params)
             if len(prepared) != len(inputs):
                 raise RuntimeError(f"prepare returned {len(prepared)} items for {len(inputs)} inputs")
-        except Exception:
+        except BaseException:  # a panic of a Rust library, such as tokenizers, is no Exception
             logger.exception("%s could not prepare %d inputs together; one by one", group.model, len(inputs))
             for job in plain:
                 self._line_up_alone(job)
@@ -239,7 +239,7 @@ class Admission:
                 self._line.add(Waiting(slot, job.group, 1, job.lane, job.deadline_s, alone=True))
 
 
-def fail_inside(jobs: Sequence[Job], error: Exception, events: Events) -> None:
+def fail_inside(jobs: Sequence[Job], error: BaseException, events: Events) -> None:
     """Jobs that a defect of the worker's own caught: each gets an answer that says so."""
     broken = [job for job in dict.fromkeys(jobs) if job.open_items > 0 and job.failure is None]
     for job in broken:

@@ -170,8 +170,10 @@ class Registry:
             model.state = "loading"
             try:
                 self._load(model)
-            except (Exception, SystemExit) as error:
-                # SystemExit: some libraries end the program where they miss something.
+            except KeyboardInterrupt:
+                raise  # an eager call loads on the main thread
+            except BaseException as error:
+                # Some libraries end the program where they miss something; a Rust library's panic is no Exception.
                 model.error = _as_unavailable(alias, error)
                 model.failed_at_s = self._clock()
                 model.reason = str(model.error)

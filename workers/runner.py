@@ -200,7 +200,7 @@ class Runner(threading.Thread):
         """
         try:
             self._run(batch, passes)
-        except Exception as error:
+        except BaseException as error:  # a panic of a Rust library is no Exception
             logger.exception("a batch of %s failed", batch.group.model)
             with self._books:
                 fail_inside([waiting.payload.job for waiting in batch.items], error, self._events)

@@ -125,7 +125,9 @@ def forward_isolating(
         if len(raw) != len(items):
             raise InferenceFailed(f"the model returned {len(raw)} answers for {len(items)} inputs")
         return _finish(adapter, task, items, raw, params)
-    except Exception as error:
+    except (KeyboardInterrupt, SystemExit):
+        raise  # a signal's: a stock pool computes on the main thread
+    except BaseException as error:  # a panic of a Rust library is no Exception
         if len(items) == 1:
             return [_as_item_error(error)]
     middle = len(items) // 2
@@ -148,7 +150,7 @@ def _finish(adapter: Adapter, task: str, items: Sequence[Item], raw: Sequence[An
     return outcomes
 
 
-def _as_item_error(error: Exception) -> CortexError:
+def _as_item_error(error: BaseException) -> CortexError:
     if isinstance(error, CortexError):
         return error
     return InferenceFailed(f"the model failed on this input: {type(error).__name__}: {str(error)[:300]}")

@@ -101,6 +101,10 @@ class StubAdapter(Adapter):
         self.closed = True
 
 
+class Panic(BaseException):
+    """As pyo3's PanicException, which a Rust library's defect raises: no Exception."""
+
+
 class Listener:
     """Events that are noted; ``wait`` for what another thread will tell."""
 

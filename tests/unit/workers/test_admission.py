@@ -10,11 +10,12 @@ import pytest
 
 from cortex_tasks.errors import CortexError, InferenceFailed, InvalidInput, ModelUnavailable
 from cortex_tasks.payloads import Params
-from tests.support.stub_models import PATIENCE_S, Listener, StubAdapter, fleet_of, job, ready, registry_of
+from tests.support.stub_models import PATIENCE_S, Listener, Panic, StubAdapter, fleet_of, job, ready, registry_of
 from workers.adapters import Item
 from workers.admission import Admission, Slot, fail_inside
 from workers.batching import Batch
 from workers.registry import Model, Registry
+from workers.runtime import Job
 
 
 class Bench:
@@ -82,10 +83,11 @@ def test_a_suspect_lines_up_alone_and_unprepared() -> None:
     assert sorted(bench.line(), key=str) == [[("plain", 0)], [("suspect", 0)], [("suspect", 1)]]
 
 
-def test_what_cannot_be_prepared_together_lines_up_one_by_one() -> None:
+@pytest.mark.parametrize("defect", [RuntimeError, Panic])
+def test_what_cannot_be_prepared_together_lines_up_one_by_one(defect: type[BaseException]) -> None:
     class Fails(StubAdapter):
         def prepare(self, task: str, inputs: Sequence[Any], params: Params) -> list[Item | CortexError]:
-            raise RuntimeError("a defect")
+            raise defect("a defect")
 
     bench = Bench()
     ready(bench.registry, "m", Fails())
@@ -112,6 +114,18 @@ def test_a_defect_in_admission_gives_every_job_an_answer() -> None:
     assert isinstance(broken.failure, InferenceFailed)
     assert "UnknownModel" in str(broken.failure)
     assert set(bench.events.ids("finished")) == {"broken", "neighbour"}
+
+
+def test_a_panic_in_admission_gives_every_job_an_answer() -> None:
+    bench = Bench()
+
+    def ask(asked: Job) -> bool:
+        raise Panic("a defect")
+
+    bench.events.unwanted = ask  # type: ignore[method-assign]
+    bench.admit(broken := job("broken", "x"))
+    assert "Panic" in str(broken.failure)
+    assert bench.events.ids("finished") == ["broken"]
 
 
 def test_fail_inside_leaves_settled_jobs_alone() -> None:

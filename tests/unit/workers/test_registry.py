@@ -12,7 +12,7 @@ import pytest
 from cortex_tasks.config import FleetConfig, ModelConfig
 from cortex_tasks.errors import CortexError, InvalidInput, ModelUnavailable, UnknownModel
 from cortex_tasks.payloads import Params
-from tests.support.stub_models import PATIENCE_S, StubAdapter, fleet_of, registry_of
+from tests.support.stub_models import PATIENCE_S, Panic, StubAdapter, fleet_of, registry_of
 from workers.adapters import Item, LoadContext
 from workers.registry import RETRY_LOAD_S, Registry, revision_of
 
@@ -160,7 +160,9 @@ def test_a_failed_load_is_remembered_then_tried_again(registry: Registry, clock:
     assert not registry.may_load(model)
 
 
-@pytest.mark.parametrize("failure", [OSError(28, "No space left on device"), MemoryError("no memory"), SystemExit(3)])
+@pytest.mark.parametrize(
+    "failure", [OSError(28, "No space left on device"), MemoryError("no memory"), SystemExit(3), Panic()]
+)
 def test_a_cause_that_may_pass_is_tried_again_sooner(registry: Registry, clock: Clock, failure: BaseException) -> None:
     Steered.failure = failure
     with pytest.raises(ModelUnavailable, match=type(failure).__name__) as caught:
@@ -170,6 +172,14 @@ def test_a_cause_that_may_pass_is_tried_again_sooner(registry: Registry, clock: 
     assert not registry.may_load(model)
     clock.now_s += 1.0
     assert registry.may_load(model)
+
+
+def test_a_load_on_the_main_thread_can_be_interrupted(registry: Registry) -> None:
+    Steered.failure = KeyboardInterrupt()
+    with pytest.raises(KeyboardInterrupt):
+        registry.load("m")
+    Steered.failure = None
+    assert registry.load("m").state == "ready"
 
 
 def test_a_model_that_fails_its_warm_up_is_closed(registry: Registry) -> None:

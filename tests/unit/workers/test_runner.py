@@ -11,7 +11,17 @@ import pytest
 
 from cortex_tasks.errors import CortexError, InferenceFailed, PoisonJob
 from cortex_tasks.payloads import Params
-from tests.support.stub_models import PATIENCE_S, Listener, StubAdapter, fleet_of, job, ready, registry_of, started
+from tests.support.stub_models import (
+    PATIENCE_S,
+    Listener,
+    Panic,
+    StubAdapter,
+    fleet_of,
+    job,
+    ready,
+    registry_of,
+    started,
+)
 from tests.support.worker_process import poll_until
 from workers.adapters import Item
 from workers.runner import Runner
@@ -248,6 +258,25 @@ def test_a_defect_in_the_bookkeeping_gives_an_answer_and_the_thread_lives_on() -
         bench.submit(plain)
         bench.events.wait("finished", "plain")
     assert "LookupError" in str(suspect.failure)
+    assert plain.outcomes == [{"said": "y"}]
+
+
+@pytest.mark.parametrize("error", [Panic("a defect"), SystemExit(1)])
+def test_what_is_no_exception_gives_an_answer_and_the_thread_lives_on(error: BaseException) -> None:
+    class Ends(StubAdapter):
+        def forward(self, task: str, items: Sequence[Item], params: Params) -> Sequence[Any]:
+            if items[0].data == "bad":
+                raise error
+            return super().forward(task, items, params)
+
+    bench = Bench(Ends())
+    bad, plain = job("bad", "bad"), job("plain", "y")
+    bench.submit(bad)
+    with bench.running():
+        bench.events.wait("finished", "bad")
+        bench.submit(plain)
+        bench.events.wait("finished", "plain")
+    assert bad.errors == 1
     assert plain.outcomes == [{"said": "y"}]
 
 

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from cortex_tasks.codec import dumps, loads
 from cortex_tasks.errors import CortexError, InferenceFailed, InvalidInput
 from cortex_tasks.payloads import EmbedParams, Params
+from tests.support.stub_models import Panic
 from workers.adapters import Adapter, Item, LoadContext
 from workers.runtime import Job, Stopwatch, answer, forward_isolating, run_alone
 
@@ -56,6 +57,31 @@ def test_only_the_bad_items_fail(bad: set[int], size: int) -> None:
             assert outcome == {"n": number}
     guilty = len([n for n in bad if n < size])
     assert adapter.passes <= 1 + 2 * guilty * math.ceil(math.log2(max(size, 2)))
+
+
+class Ends(Fragile):
+    """Raises what is no Exception."""
+
+    def __init__(self, error: BaseException) -> None:
+        super().__init__(set())
+        self.error = error
+
+    def forward(self, task: str, items: Sequence[Item], params: Params) -> Sequence[Any]:
+        if any(item.data == 1 for item in items):
+            raise self.error
+        return [{"n": item.data} for item in items]
+
+
+def test_an_item_on_which_a_library_panics_fails_alone() -> None:
+    outcomes = forward_isolating(Ends(Panic("stride")), "embed", [Item(n) for n in range(4)], EmbedParams())
+    assert [isinstance(outcome, InferenceFailed) for outcome in outcomes] == [False, True, False, False]
+    assert "Panic: stride" in str(outcomes[1])
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), SystemExit(1)])
+def test_a_signal_on_the_main_thread_is_no_items_failure(error: BaseException) -> None:
+    with pytest.raises(type(error)):
+        forward_isolating(Ends(error), "embed", [Item(1)], EmbedParams())
 
 
 class Short(Fragile):
