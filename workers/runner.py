@@ -18,15 +18,16 @@ import threading
 import time
 from collections.abc import Sequence
 from contextlib import nullcontext
-from typing import Final, NamedTuple
+from typing import Any, Final, NamedTuple
 
 from cortex_tasks.errors import CortexError
-from workers.adapters import Crew, Item
+from cortex_tasks.payloads import Params
+from workers.adapters import Adapter, Crew, Item
 from workers.admission import Admission, Events, Slot, fail_inside
 from workers.batching import Batch
 from workers.placement import Placement
 from workers.registry import Model, Registry
-from workers.runtime import Job, forward_isolating
+from workers.runtime import Job, as_item_error, forward_isolating
 
 __all__ = ["STOP_GRACE_S", "Runner", "Running"]
 
@@ -299,7 +300,7 @@ class Runner(threading.Thread):
         for slot in slots:
             item = slot.item
             if item is None:
-                prepared = adapter.prepare(task, [slot.job.inputs[slot.index]], params)[0]
+                prepared = _prepared_alone(adapter, task, slot.job.inputs[slot.index], params)
                 if isinstance(prepared, CortexError):
                     return [prepared]
                 item = prepared
@@ -316,6 +317,13 @@ class Runner(threading.Thread):
         if done:
             model.jobs += len(done)
             self._events.finished(done)
+
+
+def _prepared_alone(adapter: Adapter, task: str, value: Any, params: Params) -> Item | CortexError:
+    try:
+        return adapter.prepare(task, [value], params)[0]
+    except BaseException as error:  # a panic of a Rust library is no Exception
+        return as_item_error(error)
 
 
 def _jobs_of(slots: Sequence[Slot]) -> list[Job]:

@@ -18,7 +18,7 @@ from cortex_tasks.payloads import CachePolicy, Lane, Params
 from workers.adapters import Adapter, Item
 from workers.batching import Group
 
-__all__ = ["Job", "Stopwatch", "answer", "forward_isolating", "run_alone"]
+__all__ = ["Job", "Stopwatch", "answer", "as_item_error", "forward_isolating", "run_alone"]
 
 
 @dataclass(slots=True)
@@ -129,7 +129,7 @@ def forward_isolating(
         raise  # a signal's: a stock pool computes on the main thread
     except BaseException as error:  # a panic of a Rust library is no Exception
         if len(items) == 1:
-            return [_as_item_error(error)]
+            return [as_item_error(error)]
     middle = len(items) // 2
     return [
         *forward_isolating(adapter, task, items[:middle], params, on_pass),
@@ -150,7 +150,8 @@ def _finish(adapter: Adapter, task: str, items: Sequence[Item], raw: Sequence[An
     return outcomes
 
 
-def _as_item_error(error: BaseException) -> CortexError:
+def as_item_error(error: BaseException) -> CortexError:
+    """What the only input fails with that a model raised this on."""
     if isinstance(error, CortexError):
         return error
     return InferenceFailed(f"the model failed on this input: {type(error).__name__}: {str(error)[:300]}")

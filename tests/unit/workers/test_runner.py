@@ -241,6 +241,25 @@ def test_a_suspects_input_that_prepare_refuses_is_its_error() -> None:
     assert suspect.outcomes[1] == {"said": "good"}
 
 
+@pytest.mark.parametrize("error", [RuntimeError("cannot read it"), Panic("cannot read it")])
+def test_an_input_that_breaks_prepare_fails_alone(error: BaseException) -> None:
+    class Breaks(StubAdapter):
+        def prepare(self, task: str, inputs: Sequence[Any], params: Params) -> list[Item | CortexError]:
+            if "bad" in inputs:
+                raise error
+            return super().prepare(task, inputs, params)
+
+    bench = Bench(Breaks())
+    mixed, other = job("mixed", "a", "bad", "c"), job("other", "d")
+    bench.submit(mixed, other)
+    with bench.running():
+        bench.events.wait("finished", "mixed", "other")
+    assert mixed.failure is None
+    assert "cannot read it" in str(mixed.outcomes.pop(1))
+    assert mixed.outcomes == [{"said": "a"}, {"said": "c"}]
+    assert other.outcomes == [{"said": "d"}]
+
+
 # ------------------------------------------------------------------------------------------------ defects
 
 
