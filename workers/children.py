@@ -28,7 +28,7 @@ from workers.adapters.base import Adapter, Item, LoadContext
 from workers.child_process import Child, end
 from workers.child_protocol import inputs_from_wire, inputs_to_wire
 
-__all__ = ["ChildHost", "split"]
+__all__ = ["START_LIMIT_S", "ChildHost", "split"]
 
 logger = logging.getLogger(__name__)
 
@@ -191,6 +191,8 @@ class ChildHost(Adapter):
         with self._one_forward:
             failure = self._try_fill_up()
             while batch.waiting or batch.held:
+                # One more child has answered, started or failed.
+                self.progressed_s = time.monotonic()
                 self._hand_out(batch)
                 for child in self._answering():
                     failure = self._collect(child, batch) or failure

@@ -16,6 +16,7 @@ from typing import Any, Final, Literal
 from cortex_tasks.codec import PRIORITY_STEPS, queue_key
 from cortex_tasks.presence import PRESENCE_TTL_S, WORKERS_KEY, WorkerCard, worker_key
 from workers import heartbeat
+from workers.children import START_LIMIT_S
 from workers.heartbeat import Beat, Progress
 from workers.registry import Registry
 from workers.runner import Runner
@@ -224,15 +225,19 @@ class Health(threading.Thread):
             self._told_unwritable = True
 
     def check_progress(self, now_s: float) -> None:
-        """End the process when a forward pass takes longer than the model's time limit.
+        """End the process when a forward pass, or a step of one in children, takes longer than the model's time limit.
 
         A pass that hangs in the process cannot be cancelled: with the process gone, its jobs' leases run out, the
         supervisor starts another worker, and the job that did it is counted as a suspect.
         """
         for alias, since_s in (running for runner in self._runners() for running in runner.running):
-            config = self._registry.models[alias].config
-            # Children are killed by their host at the limit; the host itself gets twice the time.
-            limit_s = config.limits.time_limit_s * (2 if config.children else 1)
+            model = self._registry.models[alias]
+            limit_s = model.config.limits.time_limit_s
+            if model.config.children:
+                # Children are killed by their host at their limits; the host itself gets twice the time for a step.
+                limit_s = 2 * max(limit_s, START_LIMIT_S)
+                adapter = model.adapter  # read once: another thread may let the model go
+                since_s = max(since_s, adapter.progressed_s if adapter else 0.0)
             if now_s - since_s > limit_s:
                 logger.critical("model %s has been in one forward pass for %.0f s (limit %.0f s): ending the process, "
                                 "its jobs go to other workers", alias, now_s - since_s, limit_s)  # fmt: skip

@@ -89,6 +89,8 @@ class Adapter(ABC):
     memo: Memo | None = None
     #: Threads on which ``forward`` may run at the same time, each by itself; None: one pass at a time, on all cores.
     crew: Crew | None = None
+    #: Monotonic seconds of the last step of a pass that has several; the watchdog counts from there.
+    progressed_s: float = 0.0
 
     @classmethod
     @abstractmethod

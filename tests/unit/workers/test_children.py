@@ -166,6 +166,21 @@ def test_an_item_that_takes_too_long_fails_alone() -> None:
         hosted.close()
 
 
+def test_each_answer_of_a_child_and_each_that_is_lost_is_progress(pair: ChildHost) -> None:
+    seen: list[float] = []
+    collect = pair._collect
+
+    def noting(*given: Any) -> CortexError | None:
+        seen.append(pair.progressed_s)
+        return collect(*given)
+
+    pair._collect = noting  # type: ignore[method-assign]
+    began_s = time.monotonic()
+    assert said(ask(pair, ["say a", "exit", "say b", "say c"])) == ["a", InferenceFailed, "b", "c"]
+    assert began_s <= seen[0] < seen[-1] <= time.monotonic()
+    assert seen == sorted(seen)
+
+
 def test_a_child_killed_in_mid_forward_loses_nothing_and_leaves_nothing(tmp_path: Path) -> None:
     mark = tmp_path / "mark"
     hosted = host(2)

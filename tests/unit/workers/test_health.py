@@ -17,6 +17,7 @@ from cortex_tasks.presence import WORKERS_KEY, read_cards, worker_key
 from tests.support.stub_models import PATIENCE_S, StubAdapter, fleet_of, ready, registry_of
 from tests.support.worker_process import poll_until
 from workers import heartbeat
+from workers.children import START_LIMIT_S
 from workers.health import HUNG_EXIT_CODE, Health, RateMeter
 from workers.registry import Registry
 from workers.runner import Running
@@ -137,12 +138,17 @@ def test_only_a_pass_over_its_limit_ends_the_process(running: tuple[Running, ...
     assert bench.exits == ([HUNG_EXIT_CODE] if hung else [])
 
 
-def test_a_host_of_children_gets_twice_the_time() -> None:
-    bench = Bench(m={"limits": {"time_limit_s": 10}, "children": 1})
-    bench.runner.running = (Running("m", 0.0),)
-    bench.health.check_progress(19.0)
+@pytest.mark.parametrize(("time_limit_s", "step_s"), [(10, START_LIMIT_S), (200, 200)])
+def test_a_host_of_children_gets_twice_the_time_from_its_last_step_on(time_limit_s: int, step_s: float) -> None:
+    bench = Bench(m={"limits": {"time_limit_s": time_limit_s}, "children": 1})
+    bench.runner.running = (Running("m", 1_000.0),)
+    bench.health.check_progress(999.0 + 2 * step_s)
+    bench.registry.model("m").adapter = adapter = StubAdapter()
+    bench.health.check_progress(999.0 + 2 * step_s)
+    adapter.progressed_s = 2_000.0
+    bench.health.check_progress(1_999.0 + 2 * step_s)
     assert bench.exits == []
-    bench.health.check_progress(21.0)
+    bench.health.check_progress(2_001.0 + 2 * step_s)
     assert bench.exits == [HUNG_EXIT_CODE]
 
 
