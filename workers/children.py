@@ -110,18 +110,17 @@ class ChildHost(Adapter):
         processes: int,
         *,
         time_limit_s: float,
-        memory_limit_bytes: int | None = None,
+        share_bytes: int | None = None,
         start_limit_s: float = START_LIMIT_S,
     ) -> None:
         """Start the children in parallel and wait until all are warm.
 
-        ``time_limit_s``: for one share of a batch. ``memory_limit_bytes``: what all children together may hold;
-        one above its share is replaced between batches. Raises what loading raised (ConfigError,
-        ModelUnavailable).
+        ``time_limit_s``: for one share of a batch. ``share_bytes``: what each child may hold; one above it is
+        replaced between batches. Raises what loading raised (ConfigError, ModelUnavailable).
         """
         self._adapter_name, self._context = adapter_name, replace(context, threads=1)
         self._processes, self._time_limit_s, self._start_limit_s = processes, time_limit_s, start_limit_s
-        self._share_bytes = None if memory_limit_bytes is None else memory_limit_bytes // processes
+        self._share_bytes = share_bytes
         self._children: list[Child] = []
         self._closed = False
         #: Guards the list of children; never held while waiting.

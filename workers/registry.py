@@ -58,8 +58,8 @@ class Registry:
         """Without a ``store`` models are read where they lie, or from Hugging Face's own cache."""
         self.models = {alias: Model(alias, _on(fleet.models[alias], device)) for alias in aliases}
         children = sum(model.config.children for model in self.models.values())
-        #: Each child's share of the memory that queues.yaml gives to child processes.
         self.store = store or Store(models_dir=models_dir)
+        #: Each child's share of the memory that queues.yaml gives to child processes.
         self._child_bytes = fleet.memory_config.process_pool // max(children, 1)
         self.limits = fleet.memory_config
         self._threads = threads
@@ -308,7 +308,7 @@ class Registry:
             context,
             config.children,
             time_limit_s=config.limits.time_limit_s,
-            memory_limit_bytes=self._child_bytes,
+            share_bytes=self._child_bytes,
         )
 
     def _open(self, config: ModelConfig, *, optional: bool) -> tuple[Opened, str]:

@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 from cortex_tasks.errors import ConfigError, CortexError, InferenceFailed, InvalidInput, ModelUnavailable
 from cortex_tasks.payloads import AnnotateParams, EmbedParams, ForecastParams, Series
 from tests.support.child_adapters import adapter
+from tests.support.stub_models import fleet_of, registry_of
 from workers import child_main, child_process, child_protocol, children
 from workers.adapters.base import LoadContext
 from workers.adapters.echo import EchoAdapter
@@ -226,7 +227,7 @@ def test_ctrl_c_is_not_for_children() -> None:
 
 
 def test_a_child_over_its_share_of_memory_is_replaced_between_batches() -> None:
-    hosted = host(1, memory_limit_bytes=200_000_000)
+    hosted = host(1, share_bytes=200_000_000)
     try:
         (first,) = hosted.pids
         assert said(ask(hosted, ["grow 1000000"])) == ["1000000"]
@@ -239,10 +240,21 @@ def test_a_child_over_its_share_of_memory_is_replaced_between_batches() -> None:
         hosted.close()
 
 
+def test_the_children_of_a_worker_share_the_process_pool() -> None:
+    fleet = fleet_of(m={"adapter": OBEDIENT, "tasks": ["annotate"], "children": 2})
+    registry = registry_of(fleet)
+    try:
+        hosted = registry.load("m").adapter
+        assert isinstance(hosted, ChildHost)
+        assert hosted._share_bytes == fleet.memory_config.process_pool // 2
+    finally:
+        registry.close()
+
+
 def test_a_share_too_small_for_the_model_itself_does_not_replace_it_for_ever(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    hosted = host(1, memory_limit_bytes=1_000_000)
+    hosted = host(1, share_bytes=1_000_000)
     try:
         before = hosted.pids
         assert said(ask(hosted, ["say a"])) == ["a"]
