@@ -72,7 +72,7 @@ class SentenceTransformersAdapter(Adapter):
 
     version = "2"
 
-    def __init__(self, model: SentenceTransformer, options: EmbedOptions, precision: str) -> None:
+    def __init__(self, model: SentenceTransformer, options: EmbedOptions, precision: str, threads: int) -> None:
         self._model = model
         self._tokenizer = model.tokenizer
         self._prompt: str = model.prompts.get(options.prompt_name or model.default_prompt_name or "", "")
@@ -83,7 +83,7 @@ class SentenceTransformersAdapter(Adapter):
         self._unnormalized = later[:-1] if later and isinstance(later[-1], Normalize) else later
         self._output: str = transformer.module_output_name
         self._device = model.device
-        self._run_on(TorchEngine(transformer, self._output, precision))
+        self._run_on(TorchEngine(transformer, self._output, precision, threads))
         self._constants = self._constant_features()
 
     @classmethod
@@ -105,7 +105,7 @@ class SentenceTransformersAdapter(Adapter):
             if options.max_seq_length is not None:
                 model.max_seq_length = window_of(options.max_seq_length, model.max_seq_length)
             use_onednn(model.eval().requires_grad_(False))
-            adapter = cls(model, options, loaded_as)
+            adapter = cls(model, options, loaded_as, context.threads)
         adapter.note = note
         if elsewhere:
             adapter._take_engine(replace(context, precision=precision))
@@ -208,7 +208,7 @@ class SentenceTransformersAdapter(Adapter):
         if why:
             self.note = "; ".join(filter(None, (self.note, f"{why}; runs on torch")))
             transformer.to(dtype_of(context))
-            self._run_on(TorchEngine(transformer, self._output, context.precision))
+            self._run_on(TorchEngine(transformer, self._output, context.precision, context.threads))
 
     def _not_packed(self) -> str:
         """Why the model is none that can run packed; "" when it may be."""

@@ -95,7 +95,7 @@ def choose(request: Request, subject: Subject) -> Chosen:
     Raises ModelUnavailable when the backend is not installed (names the extra), ConfigError when it never computes
     in the precision asked for.
     """
-    builder = _Builder(request, subject, TorchEngine(subject.transformer, subject.output, "fp32"))
+    builder = _Builder(request, subject, TorchEngine(subject.transformer, subject.output, "fp32", request.threads))
     if request.backend == "auto":
         return _fastest(builder)
     if request.precision not in ("fp32", "int8"):
@@ -184,7 +184,7 @@ class _Builder:
         subject = self.subject
         transformer = subject.transformer
         if precision == "int8":
-            watched = TorchEngine(transformer, subject.output, "fp32", lean=False)
+            watched = TorchEngine(transformer, subject.output, "fp32", self.request.threads, lean=False)
             transformer = quantised(
                 transformer, lambda: subject.embed(watched, calibration_texts()), exact_levels(_cpu_model().split())
             )

@@ -53,9 +53,9 @@ class SideBySide:
         costs, in tokens."""
         self._threads = threads
         self._pair_cost = pair_cost
-        if threads > 1:
-            # Not first in a pass: threads that start there count as OpenMP's helpers, and are placed like them.
-            _pool(threads)
+        #: Its threads, for whole batches; None when there is one. They do not start first in a pass: there they would
+        #: count as OpenMP's helpers, and be placed like them.
+        self.crew = Crew(threads, _pool(threads)) if threads > 1 else None
 
     def parts(self, lengths: Sequence[int]) -> list[slice]:
         """The parts for rows of so many tokens; one where all threads had better compute the whole, or where this
@@ -69,28 +69,33 @@ class SideBySide:
         longest = max(sum(costs[part]) for part in parts)
         return parts if longest * self._threads <= _UNEQUAL * sum(costs) else whole
 
-    @property
-    def crew(self) -> Crew | None:
-        """Its threads, for whole batches; None when there is one."""
-        return Crew(self._threads, _pool(self._threads)) if self._threads > 1 else None
-
     def run(self, compute: Callable[[Part], None], parts: Sequence[Part]) -> None:
         """Returns when all are through. Raises what the first part that failed has raised."""
+        assert self.crew is not None, "one thread computes the whole"
         inference = torch.is_inference_mode_enabled()
 
         def in_mode(part: Part) -> None:
             with torch.inference_mode(inference):
                 compute(part)
 
-        running = [_pool(self._threads).submit(in_mode, part) for part in parts]
+        running = [self.crew.executor.submit(in_mode, part) for part in parts]
         wait(running)
         for part in running:
             part.result()
 
 
-@cache
+#: Models are loaded side by side: the second waits for the first one's threads, and for torch's setting after them.
+_starting = threading.Lock()
+
+
 def _pool(threads: int) -> ThreadPoolExecutor:
-    """Threads that compute with one thread each."""
+    """Threads that compute with one thread each, the same for all models."""
+    with _starting:
+        return _started(threads)
+
+
+@cache
+def _started(threads: int) -> ThreadPoolExecutor:
     pool = ThreadPoolExecutor(threads, thread_name_prefix="part", initializer=_alone)
     # All of them start now, since each waits for all.
     started = threading.Barrier(threads)

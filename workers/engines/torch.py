@@ -20,9 +20,9 @@ class TorchEngine:
 
     name = "torch"
 
-    def __init__(self, transformer: nn.Module, output: str, precision: str, *, lean: bool = True) -> None:
+    def __init__(self, transformer: nn.Module, output: str, precision: str, threads: int, *, lean: bool = True) -> None:
         """``transformer`` takes a dictionary of features and returns it with the hidden states under ``output``.
-
+        ``threads``: as many as torch computes with; what it says of that itself changes while threads start elsewhere.
         Without ``lean`` every module of it is called, for those who watch them.
         """
         self.precision = precision
@@ -30,7 +30,7 @@ class TorchEngine:
         self._transformer = transformer
         self._output = output
         self._lean = LeanBert.of(getattr(transformer, "model", None)) if lean else None
-        self._side_by_side = SideBySide(torch.get_num_threads(), self._lean.pair_cost) if self._lean else None
+        self._side_by_side = SideBySide(threads, self._lean.pair_cost) if self._lean else None
         #: Threads on which ``encode`` may run at the same time; None: one thread at a time.
         self.crew: Crew | None = self._side_by_side.crew if self._side_by_side else None
 

@@ -6,8 +6,11 @@ import os
 import subprocess
 import sys
 import threading
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -111,6 +114,28 @@ def test_on_a_thread_of_the_crew_a_batch_is_whole() -> None:
     assert SideBySide(1, 0).crew is None
 
 
+def test_models_that_are_loaded_side_by_side_have_the_same_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    both = threading.Barrier(2)
+
+    class Meeting(ThreadPoolExecutor):
+        def __init__(self, *given: Any, **more: Any) -> None:
+            with suppress(threading.BrokenBarrierError):
+                both.wait(0.2)
+            super().__init__(*given, **more)
+
+    monkeypatch.setattr(side_by_side, "ThreadPoolExecutor", Meeting)
+    before = torch.get_num_threads()
+    try:
+        with ThreadPoolExecutor(2) as loaders:
+            # No other test has so many.
+            one, other = loaders.map(lambda _: SideBySide(9, 0).crew, range(2))
+    finally:
+        torch.set_num_threads(before)
+    assert one is not None
+    assert one == other
+    one.executor.shutdown()
+
+
 def test_a_part_that_fails_is_told_when_the_others_are_through() -> None:
     through: list[int] = []
     failed = threading.Event()
@@ -157,7 +182,7 @@ def test_in_parts_a_model_answers_as_whole(lengths: list[int], monkeypatch: pyte
         monkeypatch.setattr(SideBySide, "run", lambda self, compute, cut: (parts.extend(cut), run(self, compute, cut)))
         try:
             with torch.inference_mode():
-                return TorchEngine(Transformer(), "token_embeddings", "fp32").encode(features), len(parts)
+                return TorchEngine(Transformer(), "token_embeddings", "fp32", threads).encode(features), len(parts)
         finally:
             torch.set_num_threads(before)
             monkeypatch.setattr(SideBySide, "run", run)
