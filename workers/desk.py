@@ -11,7 +11,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections import defaultdict
+from collections import defaultdict, deque
 from collections.abc import Callable, Sequence
 from typing import Any, Final
 
@@ -63,6 +63,9 @@ class CacheDesk(threading.Thread):
         self._clock = clock
         self.counters = counters
         self._inbox: list[Job] = []
+        #: Of the turn that is under way: jobs without seats, and flights of which it is open what becomes of them.
+        self._unseated: deque[Job] = deque()
+        self._undecided: set[Flight] = set()
         self._waiting = Waiting()
         #: The flights that jobs may still join.
         self._flights: dict[bytes, Flight] = {}
@@ -125,47 +128,50 @@ class CacheDesk(threading.Thread):
                 self.turn(jobs)
             except Exception:
                 logger.exception("the cache's desk failed; its jobs are computed without it")
-                self._let_through(jobs)
+                self._let_through()
 
     def turn(self, jobs: Sequence[Job]) -> None:
         """Deal with what arrived and with what is waited for."""
-        new = [flight for job in jobs for flight in self._seat(job)]
+        self._unseated.extend(jobs)
+        to_look: list[Flight] = []
+        while self._unseated:
+            new = self._seat(self._unseated[0])
+            self._undecided.update(new)
+            if self._unseated.popleft().cache == "refresh":
+                self._fly(new)
+            else:
+                to_look += new
         with self._lock:
             due = self._waiting.take_due(self._clock())
-        self._look([*new, *due])
+            self._undecided.update(due)
+        self._look([*to_look, *due])
         self._tend()
 
-    def _let_through(self, jobs: Sequence[Job]) -> None:
-        """After a defect: whatever has no outcome is computed, each job by itself."""
-        with self._lock:
-            left = [flight for flight in self._flights.values() if any(job in jobs for job, _ in flight.seats)]
-            seated = {job for flight in left for job, _ in flight.seats}
-        self._fly(left)
+    def _let_through(self) -> None:
+        """After a defect: whatever the turn has left undone is computed here."""
+        flights, self._undecided = self._undecided, set()
+        jobs, self._unseated = self._unseated, deque()
+        self._fly(list(flights))
         for job in jobs:
-            # One whose inputs could not even be given seats; who wants them computed anew has flown already.
-            if job not in seated and job.cache == "use" and not job.started and job.open_items > 0:
-                self._run_job(job)
+            self._run_job(job)
 
     def _seat(self, job: Job) -> list[Flight]:
-        """Give each input a seat; returns the flights that are new."""
-        address = self._addresses.of(job, self._registry.model(job.model).revision)
+        """Give each input a seat, or none of them when it raises; returns the flights that are new."""
+        revision = self._registry.model(job.model).revision
+        address = self._addresses.of(job, revision)
+        keyed = [(index, value, address.key(value)) for index, value in job.good_inputs()]
         new: dict[bytes, Flight] = {}
         with self._lock:
-            for index, value in job.good_inputs():
-                key = address.key(value)
+            for index, value, key in keyed:
                 flight = new.get(key) or (self._flights.get(key) if job.cache == "use" else None)
                 # Interactive work does not wait in bulk's line.
                 if flight is not None and (flight.lane == "interactive" or job.lane == "bulk"):
                     flight.seats.append((job, index))
                     self.counters.add(job.model, shared=1, saved_tokens=tokens_of([value]))
                     continue
-                revision = self._registry.model(job.model).revision
                 new[key] = Flight(key, job.model, revision, job.lane, value, [(job, index)], self._clock())
             if job.cache == "use":
                 self._flights.update(new)
-        if job.cache == "refresh":
-            self._fly(list(new.values()))
-            return []
         return list(new.values())
 
     def _look(self, flights: Sequence[Flight]) -> None:
@@ -201,6 +207,7 @@ class CacheDesk(threading.Thread):
                 self._waiting.flights.append(flight)
             else:
                 self._forget(flight)
+            self._undecided.discard(flight)
         if unwanted:
             self._events.dropped(unwanted)
 
@@ -209,6 +216,7 @@ class CacheDesk(threading.Thread):
         done: list[Job] = []
         with self._lock:
             for flight, value in known:
+                self._undecided.discard(flight)
                 self._forget(flight)
                 for job, index in flight.seats:
                     job.known_items += 1
@@ -229,19 +237,8 @@ class CacheDesk(threading.Thread):
         for flight in flights:
             by_outer[flight.seats[0][0]].append(flight)
         for outer, members in by_outer.items():
-            inner = Job(
-                id=outer.id,
-                model=outer.model,
-                task=outer.task,
-                params=outer.params,
-                inputs=[flight.value for flight in members],
-                lane=outer.lane,
-                deadline_s=outer.deadline_s,
-                sent_at_s=outer.sent_at_s,
-                ticket=Passage(outer, members),
-                canonical=outer.group.params,
-            )
-            self._run_job(inner)
+            self._undecided.difference_update(members)
+            self._run_job(Passage(outer, members).job())
 
     def _tend(self) -> None:
         """What is to be done now and then: signs of life, entries that no result took along, the limit in bytes."""

@@ -44,6 +44,21 @@ class Passage:
         """Every job that sits in it, each once."""
         return list(dict.fromkeys([self.outer, *(job for flight in self.flights for job, _ in flight.seats)]))
 
+    def job(self) -> Job:
+        """The inner job."""
+        return Job(
+            id=self.outer.id,
+            model=self.outer.model,
+            task=self.outer.task,
+            params=self.outer.params,
+            inputs=[flight.value for flight in self.flights],
+            lane=self.outer.lane,
+            deadline_s=self.outer.deadline_s,
+            sent_at_s=self.outer.sent_at_s,
+            ticket=self,
+            canonical=self.outer.group.params,
+        )
+
 
 @dataclass(slots=True)
 class Waiting:

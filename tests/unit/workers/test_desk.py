@@ -75,6 +75,12 @@ class Bench:
         arrived, self.desk._inbox = self.desk._inbox, []
         self.desk.turn(arrived)
 
+    def break_down(self, *jobs: Job) -> None:
+        """A turn that a defect ends, and what the thread does then."""
+        with pytest.raises(RuntimeError, match="a defect"):
+            self.arrive(*jobs)
+        self.desk._let_through()
+
     def later(self, seconds: float) -> None:
         self.now_s += seconds
         self.desk.turn([])
@@ -106,6 +112,10 @@ class Bench:
 @pytest.fixture
 def bench() -> Bench:
     return Bench()
+
+
+def broken(*_: Any) -> Any:
+    raise RuntimeError("a defect")
 
 
 def test_an_unknown_job_is_computed_stored_and_answered(bench: Bench) -> None:
@@ -351,9 +361,6 @@ def test_a_stop_gives_back_what_has_not_started(bench: Bench) -> None:
 
 
 def test_a_defect_leaves_no_job_without_a_runner(bench: Bench) -> None:
-    def broken(*_: Any) -> None:
-        raise RuntimeError("a defect")
-
     bench.tower.look = broken  # type: ignore[method-assign]
     one = job("1", "a")
     bench.desk.start()
@@ -363,10 +370,60 @@ def test_a_defect_leaves_no_job_without_a_runner(bench: Bench) -> None:
     assert bench.inputs() == [["a"]]
 
 
-def test_a_job_that_gets_no_seats_is_run_as_it_is(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
-    def broken(*_: Any) -> None:
-        raise RuntimeError("a defect")
+def test_what_is_computed_already_is_not_computed_again_after_a_defect(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patched:
+        patched.setattr(bench.tower, "renew", broken)
+        bench.break_down(job("0", "b"), one := job("1", "a", "b"))
+    assert bench.inputs() == [["b"], ["a"]]
+    bench.compute()
+    assert bench.said(one) == ["a", "b"]
+    assert sorted(bench.listener.ids("finished")) == ["0", "1"]
 
+
+def test_what_was_waited_for_is_computed_after_a_defect(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bench.tower, "look", lambda alias, keys, lane: [0] * len(keys))
+    bench.arrive(waits := job("1", "a"))
+    assert bench.inner == []
+    bench.now_s += 1.0
+    monkeypatch.setattr(bench.tower, "look", broken)
+    bench.break_down()
+    assert bench.inputs() == [["a"]]
+    bench.compute()
+    assert bench.said(waits) == ["a"]
+    assert bench.desk._waiting.flights == []
+
+
+def test_what_another_worker_computes_is_still_waited_for_after_a_defect(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(bench.tower, "look", lambda alias, keys, lane: [0] * len(keys))
+    with monkeypatch.context() as patched:
+        patched.setattr(bench.tower, "renew", broken)
+        bench.break_down(waits := job("1", "a", "b"))
+    assert bench.inner == []
+    bench.tower.known = {
+        flight.key: sealed(flight.key, {"said": flight.value}) for flight in bench.desk._flights.values()
+    }
+    monkeypatch.undo()
+    bench.later(1.0)
+    assert bench.said(waits) == ["a", "b"]
+    assert bench.inner == []
+
+
+def test_a_defect_in_one_jobs_seats_holds_up_no_other(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    of = bench.desk._addresses.of
+    monkeypatch.setattr(
+        bench.desk._addresses, "of", lambda job, revision: broken() if job.id == "2" else of(job, revision)
+    )
+    jobs = [job("1", "a"), job("2", "b"), job("3", "c", cache="refresh")]
+    bench.break_down(*jobs)
+    assert bench.inputs() == [["a"], ["b"], ["c"]]
+    assert bench.inner[1:] == jobs[1:], "they have no seats"
+
+
+def test_a_job_that_gets_no_seats_is_run_as_it_is(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bench.desk._addresses, "of", broken)
     one = job("1", "a")
     bench.desk.start()
