@@ -119,7 +119,8 @@ class SentenceTransformersAdapter(Adapter):
 
     @property
     def token_bytes(self) -> int:
-        return token_bytes_of(getattr(self._modules[0], "config", None), self._model.max_seq_length)
+        window = window_of(self._model.max_seq_length) or _DEFAULT_WINDOW
+        return token_bytes_of(getattr(self._modules[0], "config", None), window)
 
     @property
     def library(self) -> str:

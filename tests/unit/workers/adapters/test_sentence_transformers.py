@@ -210,6 +210,22 @@ def test_a_shorter_window_is_the_librarys_own(context: LoadContext, library_mini
     np.testing.assert_allclose(_embed(adapter, SENTENCES[:12]), expected, atol=TOLERANCE)
 
 
+def test_a_model_without_a_window_fills_batches_as_others_do(tmp_path: Path) -> None:
+    """One with relative positions; its tokenizer writes 10**30 for no limit."""
+    from sentence_transformers import SentenceTransformer
+    from sentence_transformers.sentence_transformer.modules import Pooling, Transformer
+    from transformers import T5Config, T5EncoderModel
+
+    tokenizer = tiny_models.tokenizer(10**30)
+    config = T5Config(vocab_size=len(tokenizer), d_model=32, d_kv=16, d_ff=64, num_layers=1, num_heads=2)
+    T5EncoderModel(config).save_pretrained(tmp_path / "base")
+    tokenizer.save_pretrained(tmp_path / "base")
+    modules = [Transformer(str(tmp_path / "base")), Pooling(32, "mean")]
+    SentenceTransformer(modules=modules, device="cpu").save(str(tmp_path / "model"), create_model_card=False)
+    adapter = SentenceTransformersAdapter.load(LoadContext("t5", tmp_path / "model", "0" * 64, ("embed",)))
+    assert adapter.token_bytes == 4 * (8 * 32 + 2 * 4 * 32 + 2 * 512)
+
+
 def test_a_model_truncates_dimensions_as_it_was_saved_to(tmp_path: Path) -> None:
     import json
 
