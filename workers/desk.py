@@ -167,7 +167,6 @@ class CacheDesk(threading.Thread):
                 # Interactive work does not wait in bulk's line.
                 if flight is not None and (flight.lane == "interactive" or job.lane == "bulk"):
                     flight.seats.append((job, index))
-                    self.counters.add(job.model, shared=1, saved_tokens=tokens_of([value]))
                     continue
                 new[key] = Flight(key, job.model, revision, job.lane, value, [(job, index)], self._clock())
             if job.cache == "use":
@@ -293,7 +292,9 @@ class CacheDesk(threading.Thread):
                 for job, index in flight.seats:
                     done += self._settle(job, index, outcome, inner)
                 entries.append(self._entry(flight, outcome))
-            self.counters.add(inner.model, computed=len(passage.flights))
+            spared = [flight.value for flight in passage.flights for _ in flight.seats[1:]]
+            computed = len(passage.flights)
+            self.counters.add(inner.model, computed=computed, shared=len(spared), saved_tokens=tokens_of(spared))
             self.ledger.keep(entries)
         return done
 

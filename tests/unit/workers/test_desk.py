@@ -164,6 +164,16 @@ def test_a_job_that_comes_while_its_twin_is_computed_joins_it(bench: Bench) -> N
                                                "stored_bytes": len(sealed(b"k" * 16, {"said": "a"}))}  # fmt: skip
 
 
+def test_twins_whose_answer_is_found_are_counted_once_each(bench: Bench) -> None:
+    bench.arrive(job("1", "a"))
+    bench.compute()
+    bench.remember()
+    bench.desk.counters.take()
+    bench.arrive(job("2", "a"), job("3", "a", "a"))
+    assert bench.listener.ids("finished") == ["1", "2", "3"]
+    assert bench.desk.counters.take()["m"] == {"l2_hits": 3, "saved_tokens": 3}
+
+
 def test_an_interactive_job_does_not_wait_in_bulks_line_but_bulk_may_join_it(bench: Bench) -> None:
     bench.arrive(job("bulk", "a", lane="bulk"))
     bench.arrive(job("quick", "a"))
