@@ -104,10 +104,13 @@ def first_that_passes(
     """
     problems = []
     for way in ways:
+        engine: PackedEngine | None = None
         try:
             engine = way.open()
             figures = gate.compare(exact, embed(engine))
         except Exception as error:
+            if engine is not None:
+                engine.close()  # what it holds may be just what the next way needs
             problems.append(f"{way.name}: {type(error).__name__}: {str(error).strip()[:200]}")
             logger.warning("model %s cannot run by %s", alias, problems[-1])
             continue

@@ -186,6 +186,26 @@ def test_a_way_that_fails_or_answers_otherwise_is_passed_over(caplog: pytest.Log
     assert strange.size_bytes == 0
 
 
+def test_a_way_that_fails_at_its_first_pass_gives_its_memory_back_before_the_next_opens(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model, texts = _bert(), _texts([3, 5, 9])
+    exact, full = _expected(model, texts, "mean"), _engine(model)
+    held: list[int] = []
+
+    def pass_(*_: Any) -> torch.Tensor:
+        raise torch.OutOfMemoryError("no memory is left")
+
+    def second() -> PackedEngine:
+        held.append(full.size_bytes)
+        return _engine(model)
+
+    monkeypatch.setattr(full, "_passes", pass_)
+    passed = _choose(Way("recorded", lambda: full), Way("plain", second), exact=exact, texts=texts)
+    assert passed.engine is not None
+    assert held == [0]
+
+
 def test_without_a_way_there_are_reasons() -> None:
     model, texts = _bert(), _texts([3, 5, 9])
     passed = _choose(Way("flash", _broken), exact=_expected(model, texts, "mean"), texts=texts)
