@@ -65,8 +65,9 @@ class PlainWordPiece:
         if not all(map(isinstance, parts, (BertNormalizer, BertPreTokenizer, WordPiece))):
             return None
         described = json.loads(backend.to_str())
-        # One beyond ASCII may be found where its accents are left out.
-        if not all(token["content"].isascii() for token in described["added_tokens"]):
+        # One beyond ASCII may be found where its accents are left out, one with a tab where a blank is.
+        added = [token["content"] for token in described["added_tokens"]]
+        if not all(content.isascii() and content.isprintable() for content in added):
             return None
         try:
             made = cls(backend, described)

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import Tokenizer, normalizers
+from tokenizers import AddedToken, Tokenizer, normalizers
 from tokenizers.models import WordPiece
 from tokenizers.normalizers import BertNormalizer
 from tokenizers.pre_tokenizers import BertPreTokenizer
@@ -119,9 +119,15 @@ def test_another_kind_of_tokenizer_has_none() -> None:
     lower = small()
     lower.normalizer = normalizers.Lowercase()
     assert PlainWordPiece.of(lower) is None
-    accented = small()
-    accented.add_tokens(["é"])
-    assert PlainWordPiece.of(accented) is None
+
+
+@pytest.mark.parametrize(("token", "text"), [("é", "a e a"), ("a\tb", "a b"), ("a\nb", "a b"), ("c\x01d", "cd")])
+def test_one_with_a_token_that_a_plain_text_may_be_normalized_to_has_none(token: str, text: str) -> None:
+    made = small()
+    bare = made.encode(text).ids
+    made.add_tokens([AddedToken(token, normalized=True)])
+    assert made.encode(text).ids != bare
+    assert PlainWordPiece.of(made) is None
 
 
 def test_one_that_disagrees_with_the_library_is_not_used(caplog: pytest.LogCaptureFixture) -> None:
