@@ -70,8 +70,8 @@ class Admission:
         self._line: Batcher[Slot] = Batcher()
         #: Guards the two lists above; held for moments.
         self._lists = threading.Lock()
-        #: Guards the line.
-        self._line_lock = threading.Lock()
+        #: Guards the line. Who takes by what is ahead holds it from the look on: something else may line up in between.
+        self.line_lock = threading.RLock()
         #: Held while jobs are prepared, so that they enter the line in order.
         self._admitting = threading.Lock()
 
@@ -92,12 +92,12 @@ class Admission:
 
     def ahead(self) -> Ahead | None:
         """What ``take`` would take; None when nothing is in line."""
-        with self._line_lock:
+        with self.line_lock:
             return self._line.ahead(self._budget)
 
     def take(self, parts: int = 1) -> Batch[Slot] | None:
         """The next batch, one of so many that run at the same time; None when nothing is in line."""
-        with self._line_lock:
+        with self.line_lock:
             return self._line.take(self._budget, self._brief_budget, parts)
 
     def clear(self) -> list[Job]:
@@ -221,7 +221,7 @@ class Admission:
         refused = [(index, item) for index, item in prepared if isinstance(item, CortexError)]
         done = [job.settle(index, error) for index, error in refused]
         self._registry.memory.hold_more(job.model, len(prepared) - len(refused))
-        with self._line_lock:
+        with self.line_lock:
             for index, item in prepared:
                 if not isinstance(item, CortexError):
                     slot = Slot(job, index, item)
@@ -233,7 +233,7 @@ class Admission:
         """A job that may have killed a worker: each item runs by itself, prepared only then."""
         good = job.good_inputs()
         self._registry.memory.hold_more(job.model, len(good))
-        with self._line_lock:
+        with self.line_lock:
             for index, _ in good:
                 slot = Slot(job, index, None)
                 self._line.add(Waiting(slot, job.group, 1, job.lane, job.deadline_s, alone=True))

@@ -138,7 +138,7 @@ class Runner(threading.Thread):
         return not apart, None
 
     def _run_next(self) -> None:
-        with self._lock:
+        with self._lock, self._admission.line_lock:
             # A lone item has all cores whatever it is, and is waited for.
             may_run, crew = (True, None) if not self._apart and self._admission.is_lone else self._turn(self._apart)
             batch = self._admission.take(crew.threads if crew else 1) if may_run else None
@@ -154,7 +154,7 @@ class Runner(threading.Thread):
         follows: Batch[Slot] | None = None
         try:
             self._run_guarded(batch, crew.threads)
-            with self._changed:
+            with self._changed, self._admission.line_lock:
                 may_run, whose = self._turn(self._apart - 1)
                 if may_run and whose == crew and not self._stopping:
                     follows = self._admission.take(crew.threads)

@@ -17,7 +17,8 @@ from cortex_tasks.payloads import Params
 from tests.support.stub_models import PATIENCE_S, Listener, StubAdapter, fleet_of, job, ready, registry_of, started
 from tests.support.worker_process import poll_until
 from workers.adapters import Crew, Item
-from workers.batching import BRIEF_AFTER
+from workers.admission import Slot
+from workers.batching import BRIEF_AFTER, Batch
 from workers.budget import BudgetLearner
 from workers.runner import Runner
 from workers.runtime import Job
@@ -216,6 +217,30 @@ def test_what_must_run_by_itself_waits_for_the_passes_apart_and_none_joins_it(be
         alone.may_end.set()
         bench.passes.wait_for(texts(4))
     assert next(beside for one, beside in bench.passes.began if one is alone) == []
+
+
+def test_a_suspect_that_lines_up_while_a_crew_takes_its_next_batch_runs_by_itself(bench: Bench) -> None:
+    admission, take = bench.runner._admission, bench.runner._admission.take
+    bench.submit(job("many", *texts(*range(8))))
+
+    def slowly(parts: int = 1) -> Batch[Slot] | None:
+        if bench.passes.running and not lines_up.ident:
+            admission.put(job("suspect", *texts(9), suspect=True, deadline_s=1.0))
+            lines_up.start()
+            lines_up.join(0.2)
+        return take(parts)
+
+    with bench.running():
+        first, second = bench.passes.wait_for(texts(0, 1), texts(2, 3))
+        lines_up = threading.Thread(target=admission.admit)
+        admission.take = slowly  # type: ignore[method-assign]
+        second.may_end.set()
+        _, third = bench.passes.wait_for(texts(0, 1), texts(4, 5))
+        lines_up.join(PATIENCE_S)
+        first.may_end.set()
+        third.may_end.set()
+        [alone] = bench.passes.wait_for(texts(9))
+        assert alone.thread == "runner-test"
 
 
 def test_texts_that_the_inference_buffer_holds_one_at_a_time_run_by_themselves(bench: Bench) -> None:
