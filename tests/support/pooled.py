@@ -23,6 +23,7 @@ class PoolRequest:
     def __init__(self, bench: PoolBench, job_id: Any, *inputs: Any, redelivered: bool = False, **given: Any) -> None:
         self.log: list[str] = []
         self.id = job_id
+        self.stamps: dict[str, Any] = given.pop("stamps", {})
         self.name = given.pop("task", "cortex.embed")
         self.task = bench.app.tasks[self.name]
         self._payload = given.pop("payload", ([], {"inputs": list(inputs), "model": "m", **given}, {}))

@@ -6,7 +6,8 @@ whose ``__call__`` finds the outcome in ``workers.tasks.slot`` (see ``answering`
 finished together are stored in one round trip, then each is acknowledged.
 
 Touches celery 5.7's ``BasePool.on_apply`` contract (``accept_callback.__self__`` is the Request),
-``Request._payload``, ``Request._already_revoked``, ``Request._terminate_on_ack`` and ``celery.worker.state.revoked``.
+``Request._payload``, ``Request._already_revoked``, ``Request._terminate_on_ack``, ``Request.stamps``, and ``revoked``,
+``revoked_stamps`` and ``should_terminate`` of ``celery.worker.state``.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from typing import Any, Final
 from celery import signals
 from celery.concurrency.base import BasePool, apply_target
 from celery.worker import state as worker_state
+from kombu.utils.functional import maybe_list
 from redis.exceptions import RedisError
 
 from cortex_tasks.errors import CortexError, InvalidInput
@@ -50,6 +52,19 @@ def _as_refusal(job_id: str, error: Exception) -> CortexError:
         return error
     logger.error("job %s could not be read", job_id, exc_info=error)
     return InvalidInput(f"the job cannot be read: {type(error).__name__}: {str(error)[:200]}")
+
+
+def _is_revoked_by_stamp(request: Any) -> bool:
+    """Whether ``revoke_by_stamped_headers`` names a job. ``Request.revoked`` finds it so, and also tells the world."""
+    try:
+        stamps = request.stamps.items()
+    except (AttributeError, TypeError):
+        return False  # a foreign message, whose stamps are no mapping
+    for header, given in stamps:
+        revoked = maybe_list(worker_state.revoked_stamps.get(header)) or ()
+        if given is not None and any(value in revoked for value in maybe_list(given)):
+            return True
+    return False
 
 
 class BatchingPool(BasePool):
@@ -181,7 +196,9 @@ class BatchingPool(BasePool):
         self._tell("dropped", jobs)
 
     def unwanted(self, job: Job) -> bool:
-        return job.ticket.done or job.deadline_s < time.time() or job.id in worker_state.revoked
+        if job.ticket.done or job.deadline_s < time.time() or job.id in worker_state.revoked:
+            return True
+        return bool(worker_state.revoked_stamps) and _is_revoked_by_stamp(job.ticket.request)
 
     def may_run(self, job: Job, index: int) -> CortexError | None:
         config = self.app.cortex.fleet.models[job.model]

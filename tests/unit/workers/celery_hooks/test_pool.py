@@ -207,6 +207,26 @@ def test_a_revoked_job_is_dropped_before_its_pass(bench: PoolBench) -> None:
     assert bench.adapter.passes == [["warm"], ["held"]]
 
 
+@pytest.mark.parametrize(
+    ("stamps", "is_revoked"),
+    [
+        ({"tenant": "a"}, True),
+        ({"tenant": ["b", "a"]}, True),
+        ({"tenant": "b"}, False),
+        ({"tenant": None}, False),
+        ({}, False),
+    ],
+)
+def test_a_job_that_waits_is_revoked_by_its_stamp(bench: PoolBench, stamps: dict[str, Any], is_revoked: bool) -> None:
+    held = bench.hold("held")
+    waits = bench.send("waits", "y", stamps=stamps)
+    worker_state.revoked_stamps.update({"tenant": ["a", "c"], "other": "b"})
+    waits.is_revoked = lambda: is_revoked
+    bench.adapter.gate.set()
+    bench.turn_until(lambda: held.returned and not bench.pool.in_flight())
+    assert bench.adapter.passes == [["warm"], ["held"], *([] if is_revoked else [["y"]])]
+
+
 def test_a_drop_that_fails_costs_the_neighbours_nothing(bench: PoolBench) -> None:
     held = bench.hold("held")
     waits, neighbour = bench.send("waits", "never"), bench.send("neighbour", "y")
