@@ -119,15 +119,16 @@ class LeasedQoS(kombu_redis.QoS):
         if not self.connected:
             # Not renewed any more: another worker gets it when the lease ends.
             self._quick_ack(delivery_tag)
-        elif requeue:
+        elif requeue and delivery_tag in self.in_hand:
             self._give_back(delivery_tag)
             self._quick_ack(delivery_tag)
         else:
-            super().reject(delivery_tag)
+            super().reject(delivery_tag, requeue=requeue)
 
     def _give_back(self, delivery_tag: str) -> None:
-        """Put a message back where it was: next in line, and not marked as redelivered, which would make it a
-        suspect. (Stock kombu marks it and puts it at the end.)"""
+        """Put a message back where it was, since its job was not begun: next in line, and not marked as redelivered,
+        which would make it a suspect. (Stock kombu marks it and puts it at the end; so it does with what a job itself
+        gives back, or one that has killed a process of Celery's own pool.)"""
 
         def transaction(pipe: Any) -> None:
             record = pipe.hget(self.unacked_key, delivery_tag)

@@ -224,6 +224,7 @@ def test_what_is_given_back_is_next_in_line_as_it_was(worker: Consuming, client:
     push(client, "later", priority=9)
     worker.consumer.cancel()
     for one in reversed(worker.messages[:2]):
+        keep(one)
         one.reject(requeue=True)
     raw = client.lrange(queue_key("q", 9), 0, -1)
     assert [json.loads(one)["headers"]["id"] for one in reversed(raw)][:2] == ["a", "b"]
@@ -239,6 +240,7 @@ def test_a_suspect_that_is_given_back_stays_one(worker: Consuming, client: Any) 
     client.lpush("q", json.dumps(marked))
     worker.expect("a")
     worker.consumer.cancel()
+    keep(worker.messages[0])
     worker.messages[0].reject(requeue=True)
     (raw,) = client.lrange("q", 0, -1)
     assert json.loads(raw)["properties"]["delivery_info"]["redelivered"] is True
@@ -249,8 +251,21 @@ def test_what_another_worker_took_over_is_not_given_back_twice(worker: Consuming
     worker.expect("a")
     client.delete("unacked", "unacked_index")
     worker.consumer.cancel()
+    keep(worker.messages[0])
     worker.messages[0].reject(requeue=True)
     assert client.llen("q") == 0
+
+
+def test_what_nobody_keeps_is_rejected_as_stock_does(worker: Consuming, client: Any) -> None:
+    """Celery requeues what killed a process of its own pool, and by the mark it knows not to do so again."""
+    push(client, "a")
+    worker.expect("a")
+    worker.consumer.cancel()
+    worker.messages[0].reject(requeue=True)
+    (raw,) = client.lrange("q", 0, -1)
+    assert json.loads(raw)["properties"]["delivery_info"]["redelivered"] is True
+    assert client.hlen("unacked") == client.zcard("unacked_index") == 0
+    assert worker.channel.qos.held_tags() == []
 
 
 def test_a_rejection_for_good_removes_the_record(worker: Consuming, client: Any) -> None:
