@@ -106,7 +106,9 @@ class BatchingPool(BasePool):
         ``patience_s``: how long to wait for a Redis that is away; after that the leases run out and other workers
         answer the jobs again.
         """
-        if patience_s and worker_state.should_terminate is not None:
+        # Celery's own test: an exit code of 0 counts.
+        cold = worker_state.should_terminate is not None and worker_state.should_terminate is not False
+        if patience_s and cold:
             # A cold shutdown, which Celery begins within the signal's handler: the hub's thread may be sending answers,
             # and cannot wait for itself. ``on_terminate`` follows at its next turn.
             return

@@ -327,12 +327,13 @@ def test_a_stop_does_not_wait_for_ever_for_redis(bench: PoolBench, monkeypatch: 
     assert not request.acknowledged
 
 
+@pytest.mark.parametrize("exit_code", [True, 0])
 def test_a_cold_shutdown_does_nothing_within_the_signals_handler(
-    bench: PoolBench, monkeypatch: pytest.MonkeyPatch
+    bench: PoolBench, monkeypatch: pytest.MonkeyPatch, exit_code: object
 ) -> None:
     """Celery stops the pool there, perhaps in the middle of what a stop would wait for."""
     request = bench.send("a", "x")
-    monkeypatch.setattr(worker_state, "should_terminate", True)
+    monkeypatch.setattr(worker_state, "should_terminate", exit_code)
     with monkeypatch.context() as patched:
         patched.setattr(BatchedRedisBackend, "flush", lambda self: raise_(AssertionError("it would deadlock")))
         bench.pool.on_stop()
