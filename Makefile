@@ -3,8 +3,11 @@
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
-# More arguments for pytest: make test ARGS="-k config -x"
+# More arguments for pytest: make test ARGS="-k config -x"; ARGS="-n 0 --pdb" runs in one process.
 ARGS ?=
+# A file's tests share its servers and run one after the other; files run side by side, as they are
+# found: the benchmarks', which take longest, come first.
+SIDE_BY_SIDE := -n logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 .DEFAULT_GOAL := help
 .PHONY: help demo up test bench check format deploy-files lock images-test clean distclean
@@ -26,7 +29,7 @@ up: $(INSTALLED) ## run the fleet (Procfile) until Ctrl-C
 	@PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/honcho -f Procfile start || [ $$? -eq 130 ]
 
 test: $(INSTALLED) ## run the whole test suite
-	@$(BIN)/python -m pytest $(ARGS)
+	@$(BIN)/python -m pytest $(SIDE_BY_SIDE) $(ARGS)
 
 bench: $(INSTALLED) ## measure the speed, renew the README's table and the plot (8 minutes)
 	@$(BIN)/python -m benchmarks
