@@ -62,7 +62,7 @@ class ModelCard(_Card):
     batches: int = 0
     #: In forward passes; those that run at the same time count each.
     forward_s: float = 0.0
-    #: Padded tokens of a full batch: learned, or as configured.
+    #: Padded tokens of a full batch, of the task whose batches are the largest: learned, or as configured.
     budget_tokens: int = 0
     #: The tier its files came from: ``local``, ``disk``, ``l2`` or ``origin``; "" without files.
     tier: str = ""

@@ -108,11 +108,11 @@ class Admission:
             self._parked.clear()
             return jobs
 
-    def _budget(self, alias: str) -> Budget:
-        return self._registry.model(alias).budget
+    def _budget(self, group: Group) -> Budget:
+        return self._registry.model(group.model).budget(group.task)
 
-    def _brief_budget(self, alias: str) -> Budget:
-        return self._registry.model(alias).brief_budget
+    def _brief_budget(self, group: Group) -> Budget:
+        return self._registry.model(group.model).brief_budget(group.task)
 
     # ------------------------------------------------------------------------------- admission
 

@@ -3,7 +3,7 @@
 Items wait in two lanes. The head is the item with the earliest deadline, then the earliest arrival, of the lane
 whose turn it is: interactive first, with one bulk batch after ``INTERACTIVE_STREAK`` interactive ones while bulk
 waits, so that neither lane starves. The batch is filled with the head's neighbours *by length* of the same group
-and lane, so that little is padded, up to the model's budget. Length-sorted filling with a padded-token budget is
+and lane, so that little is padded, up to the group's budget. Length-sorted filling with a padded-token budget is
 text-embeddings-inference's and infinity's; taking the window around the most urgent item is ours. While interactive
 items come, bulk batches are brief, since whoever comes next waits for the one that runs.
 """
@@ -121,7 +121,7 @@ class Batcher(Generic[T]):
             insort(self._by_length[item.group, item.lane], (item.cost_tokens, item._seq, item))
         self._size += 1
 
-    def ahead(self, budget: Callable[[str], Budget]) -> Ahead | None:
+    def ahead(self, budget: Callable[[Group], Budget]) -> Ahead | None:
         """What ``take`` would take, or None when nothing waits."""
         lane = self._lane()
         if lane is None:
@@ -129,21 +129,21 @@ class Batcher(Generic[T]):
         head = self._heads[lane][0][2]
         if head.alone or self._is_hurried(lane):
             return Ahead(head.group.model, by_itself=True, more=False, cost_tokens=head.cost_tokens)
-        line, limit = self._by_length[head.group, lane], budget(head.group.model)
+        line, limit = self._by_length[head.group, lane], budget(head.group)
         more = len(line) > limit.max_items or len(line) * line[-1][0] > limit.max_padded_tokens
         return Ahead(head.group.model, by_itself=False, more=more, cost_tokens=head.cost_tokens)
 
     def take(
-        self, budget: Callable[[str], Budget], brief: Callable[[str], Budget] | None = None, parts: int = 1
+        self, budget: Callable[[Group], Budget], brief: Callable[[Group], Budget] | None = None, parts: int = 1
     ) -> Batch[T] | None:
-        """The next batch, or None when nothing waits. ``budget`` gives a model's limits, ``brief`` those of a bulk
+        """The next batch, or None when nothing waits. ``budget`` gives a group's limits, ``brief`` those of a bulk
         batch between interactive ones (default: the same). With ``parts`` it holds a part of the tokens only, since as
         many batches run at the same time."""
         lane = self._lane()
         if lane is None:
             return None
         head = heapq.heappop(self._heads[lane])[2]
-        limit = (brief if brief and self._is_hurried(lane) else budget)(head.group.model)
+        limit = (brief if brief and self._is_hurried(lane) else budget)(head.group)
         self._streak = self._streak + 1 if lane == "interactive" and self._surface("bulk") else 0
         self._since_interactive = 0 if lane == "interactive" else self._since_interactive + 1
         chosen = [head] if head.alone else self._fill(head, limit.part(parts))

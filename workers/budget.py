@@ -1,4 +1,4 @@
-"""How many padded tokens a batch should hold: learned for each model on each machine.
+"""How many padded tokens a batch should hold: learned for each task of a model on each machine.
 
 Throughput over the budget has a hump: small batches pay the overhead of a pass, large ones leave the caches of a CPU
 or pad more. Where the hump lies differs by machine, engine and traffic, so it is measured: at warm-up over powers of
@@ -94,7 +94,7 @@ class _Seen:
 
 @dataclass(slots=True)
 class BudgetLearner:
-    """The budget of one model. ``ceiling_tokens``: never more padded tokens than this."""
+    """The budget of one task of a model. ``ceiling_tokens``: never more padded tokens than this."""
 
     ceiling_tokens: int
     _steps: list[int] = field(init=False)

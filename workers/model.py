@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Literal
 
 from cortex_tasks.config import ModelConfig
@@ -47,21 +48,19 @@ class Model:
     opened: Opened | None = None
     #: Padded tokens that the inference buffer holds; None: not known.
     buffer_tokens: int | None = None
-    #: Learns the best budget, where that is asked for and means something.
-    learner: BudgetLearner | None = None
+    #: Each learns the best budget of one task, where that is asked for and means something: a token costs one task
+    #: several times what it costs another, and the best budgets differ.
+    learners: Mapping[str, BudgetLearner] = field(default_factory=dict)
 
-    @property
-    def budget(self) -> Budget:
-        """What the next forward pass may hold."""
-        # Read once: another thread may let the model go.
-        batching, learner = self.config.batching, self.learner
+    def budget(self, task: str) -> Budget:
+        """What the next forward pass of a task may hold."""
+        batching, learner = self.config.batching, self.learners.get(task)
         tokens = learner.next_tokens() if learner else batching.max_padded_tokens
         return Budget(batching.max_items, min(tokens, self.buffer_tokens or tokens))
 
-    @property
-    def brief_budget(self) -> Budget:
+    def brief_budget(self, task: str) -> Budget:
         """What a bulk pass may hold while interactive ones come."""
-        budget, learner = self.budget, self.learner
+        budget, learner = self.budget(task), self.learners.get(task)
         return budget._replace(max_padded_tokens=learner.brief_tokens) if learner else budget
 
     @property
@@ -75,7 +74,9 @@ class Model:
     def batch_bytes(self) -> int:
         """What the forward pass of a full batch takes at most; 0 when it is not known."""
         adapter = self.adapter
-        return self.budget.max_padded_tokens * adapter.token_bytes if adapter else 0
+        if adapter is None:
+            return 0
+        return max(self.budget(task).max_padded_tokens for task in self.config.tasks) * adapter.token_bytes
 
     @property
     def process_bytes(self) -> int:
@@ -85,7 +86,7 @@ class Model:
 
     def card(self) -> ModelCard:
         # Read once: another thread may let the model go.
-        adapter, learner, opened = self.adapter, self.learner, self.opened
+        adapter, learners, opened = self.adapter, self.learners, self.opened
         return ModelCard(
             alias=self.alias,
             queue=self.config.queue,
@@ -103,7 +104,10 @@ class Model:
             items=self.items,
             batches=self.batches,
             forward_s=round(self.forward_s, 3),
-            budget_tokens=learner.best_tokens if learner else self.budget.max_padded_tokens,
+            budget_tokens=max(
+                learners[task].best_tokens if task in learners else self.budget(task).max_padded_tokens
+                for task in self.config.tasks
+            ),
             tier=(opened and opened.tier) or "",
             fetch_ms=round(self.fetch_ms, 1),
             loads=self.loads,

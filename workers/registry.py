@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -213,8 +214,8 @@ class Registry:
             try:
                 _warm(adapter, config.tasks)
                 revision = revision_of(config, adapter, opened.snapshot.digest)
-                known = model.learner if revision == model.revision else None
-                learner = known or self._learner(config, adapter)
+                known = model.learners if revision == model.revision else None
+                learners = known or self._learners(config, adapter)
             except BaseException:
                 adapter.close()
                 self.memory.forget(model.alias)
@@ -226,7 +227,7 @@ class Registry:
             self.store.counters.reloaded()
         # Only now: a warm-up that recalls its answer would warm nothing.
         adapter.memo = self.fits
-        model.adapter, model.opened, model.learner = adapter, opened, learner
+        model.adapter, model.opened, model.learners = adapter, opened, learners
         model.buffer_tokens = self._buffer_tokens(adapter)
         model.revision = revision
         model.reason = adapter.note or missing
@@ -278,12 +279,13 @@ class Registry:
         """The most padded tokens whose forward pass keeps within ``inference_buffer``."""
         return max(1, self.limits.inference_buffer // adapter.token_bytes) if adapter.token_bytes else None
 
-    def _learner(self, config: ModelConfig, adapter: Adapter) -> BudgetLearner | None:
-        """A learner that has seen the model run, for models whose cost grows with tokens."""
+    def _learners(self, config: ModelConfig, adapter: Adapter) -> dict[str, BudgetLearner]:
+        """A learner a task, for models whose cost grows with tokens. All begin with what warm-up finds for the first
+        task: measuring each would multiply the load's time."""
         ceiling = config.batching.max_padded_tokens
         ceiling = min(ceiling, self._buffer_tokens(adapter) or ceiling)
         if not config.batching.learn or config.children or config.backend == "native":
-            return None
+            return {}
         learner = BudgetLearner(ceiling)
         task = config.tasks[0]
         inputs, params = adapter.example(task)
@@ -298,7 +300,7 @@ class Registry:
 
         most_tokens = config.batching.max_items * longest.cost_tokens
         learner.calibrate(run, _CALIBRATE_S, self._clock, most_tokens=most_tokens)
-        return learner
+        return {task: copy.deepcopy(learner) for task in config.tasks}
 
     def _host(self, config: ModelConfig, context: LoadContext) -> Adapter:
         from workers.children import ChildHost

@@ -69,7 +69,7 @@ class Runner(threading.Thread):
         self._apart = 0
         #: The forward passes that are running, by their threads.
         self._passes: dict[int, Running] = {}
-        #: Guards what passes at the same time may have in common: jobs, a model's counters and its learner.
+        #: Guards what passes at the same time may have in common: jobs, a model's counters and its learners.
         self._books = threading.Lock()
 
     # ------------------------------------------------------------------ called by other threads
@@ -238,7 +238,7 @@ class Runner(threading.Thread):
             self._learn(model, batch, slots, passes, ended_s - began_s)
 
     def _learn(self, model: Model, batch: Batch[Slot], slots: Sequence[Slot], passes: int, pass_s: float) -> None:
-        learner = model.learner
+        learner = model.learners.get(batch.group.task)
         if learner is None:
             return
         # A crew's models run on all cores when little waits, or in a hurry: neither says what the budget is good for.

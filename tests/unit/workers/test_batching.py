@@ -121,7 +121,7 @@ def test_ahead_is_what_take_takes_next() -> None:
     other = Group("other", "embed", "{}")
 
     def ahead() -> Ahead | None:
-        return batcher.ahead(lambda model: limits(3, 100) if model == "minilm" else limits())
+        return batcher.ahead(lambda group: limits(3, 100) if group.model == "minilm" else limits())
 
     assert ahead() is None
     for number in range(3):

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from random import Random
 from typing import Any, ClassVar, Self
 
 import pytest
@@ -257,10 +259,9 @@ def test_a_learned_budget_never_exceeds_the_inference_buffer() -> None:
     ticks = iter(range(10**6))
     registry = registry_of(declared, lambda: next(ticks) / 1e3)
     model = registry.load("m")
-    assert model.learner is not None
-    assert model.learner.ceiling_tokens == 500
-    assert model.budget.max_padded_tokens <= 500
-    assert model.card().budget_tokens == model.learner.best_tokens
+    assert model.learners["embed"].ceiling_tokens == 500
+    assert model.budget("embed").max_padded_tokens <= 500
+    assert model.card().budget_tokens == model.learners["embed"].best_tokens
 
 
 def test_a_model_that_comes_back_keeps_what_was_learned_unless_its_revision_changed(
@@ -268,15 +269,39 @@ def test_a_model_that_comes_back_keeps_what_was_learned_unless_its_revision_chan
 ) -> None:
     ticks = iter(range(10**6))
     registry = registry_of(fleet(backend="torch"), lambda: next(ticks) / 1e3)
-    learned = registry.load("m").learner
-    assert learned is not None
+    learned = registry.load("m").learners
+    assert learned
     for expected in (True, False):
         registry._let_go("m")
         registry.memory.forget("m")
         assert registry.model("m").adapter is None
         if not expected:
             monkeypatch.setattr(Steered, "version", "another")
-        assert (registry.load("m").learner is learned) is expected
+        assert (registry.load("m").learners is learned) is expected
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_tasks_learn_budgets_of_their_own_though_a_token_costs_one_three_times_the_other(seed: int) -> None:
+    per_s = {
+        "classify": {128: 167, 256: 183, 512: 209, 1_024: 225, 2_048: 237, 4_096: 232, 8_192: 229},
+        "features": {128: 79, 256: 78, 512: 77, 1_024: 75, 2_048: 65, 4_096: 57, 8_192: 50},
+    }
+    random, drift, used = Random(seed), 0.0, []
+    ticks = iter(range(10**6))
+    declared = fleet(tasks=["classify", "features"], backend="torch", batching={"max_padded_tokens": 8_192})
+    model = registry_of(declared, lambda: next(ticks) / 1e3).load("m")
+    for _ in range(3_000):
+        task = random.choice(("classify", "features"))
+        tokens = model.budget(task).max_padded_tokens
+        drift += -drift / 50 + random.gauss(0, 0.02)
+        rate = per_s[task][tokens] * math.exp(drift + random.gauss(0, 0.08))
+        model.learners[task].observe(tokens, tokens, tokens / rate)
+        used.append((task, per_s[task][tokens]))
+    for task, rates in per_s.items():
+        lately = [rate for name, rate in used[2_000:] if name == task]
+        assert sum(lately) >= 0.95 * max(rates.values()) * len(lately), task
+    largest = max(learner.best_tokens for learner in model.learners.values())
+    assert model.card().budget_tokens == largest > model.learners["features"].best_tokens
 
 
 @pytest.mark.parametrize(("device", "tokens", "items"), [("cpu", 1_000, 8), ("cuda:0", 50_000, 600)])
@@ -286,15 +311,15 @@ def test_a_batch_holds_what_the_device_is_given(device: str, tokens: int, items:
     registry = Registry(declared, ["m"], threads=1, device=device, models_dir=None, clock=lambda: 0.0)
     registry.add("later", declared.models["m"])
     for alias in ("m", "later"):
-        assert registry.model(alias).budget == (items, tokens)
+        assert registry.model(alias).budget("embed") == (items, tokens)
     assert registry.load("m").card().budget_tokens == tokens
 
 
 @pytest.mark.parametrize("changes", [{"backend": "native"}, {"backend": "torch", "batching": {"learn": False}}])
 def test_a_budget_that_is_not_learned_is_the_configured_one(changes: dict[str, Any]) -> None:
     model = registry_of(fleet(**changes)).load("m")
-    assert model.learner is None
-    assert model.budget.max_padded_tokens == model.config.batching.max_padded_tokens
+    assert not model.learners
+    assert model.budget("embed").max_padded_tokens == model.config.batching.max_padded_tokens
 
 
 # ------------------------------------------------------------------------------------- in and out of memory
@@ -377,7 +402,7 @@ def test_a_batch_is_cut_to_the_inference_buffer_though_its_budget_is_not_learned
     declared = fleet(backend="torch", batching={"learn": False, "max_padded_tokens": 4_096})
     Steered.tokens = declared.memory_config.inference_buffer // 500
     model = registry_of(declared).load("m")
-    assert model.budget.max_padded_tokens == 500
+    assert model.budget("embed").max_padded_tokens == 500
     assert model.card().budget_tokens == 500
 
 

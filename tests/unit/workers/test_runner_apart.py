@@ -333,7 +333,7 @@ def test_only_batches_apart_teach_the_budget_and_count_as_one_of_several(bench: 
             seen.append((budget_tokens, tokens))
 
     model = bench.registry.model("m")
-    model.learner = Noting(40)
+    model.learners = {"embed": Noting(40)}
     bench.submit(job("little", *texts(9)))
     with bench.running():
         bench.passes.wait_for(texts(9))[0].may_end.set()
