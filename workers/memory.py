@@ -16,9 +16,10 @@ from workers.store.residency import Residency, Resident
 
 __all__ = ["Memory"]
 
-#: A newcomer waits so long for models with jobs of their own; then one of them has to go when its batch ends.
+#: A newcomer waits so long for models with jobs of their own; then one of them has to go when its batch ends, and no
+#: later newcomer takes its room.
 PATIENCE_S: Final = 5.0
-#: A load that found no room for so long fails; its jobs may be tried again.
+#: A load whose turn it is, and that found no room for so long, fails; its jobs may be tried again.
 LIMIT_S: Final = 120.0
 
 
@@ -41,6 +42,10 @@ class Memory:
         self._patience_s = patience_s
         self._limit_s = limit_s
         self._waiting: dict[str, float] = {}
+        #: Newcomers without a place, in the order they came, with the time they did.
+        self._newcomers: dict[str, float] = {}
+        #: Since when the first of them is the first.
+        self._turn_s = 0.0
         self._closing: set[str] = set()
         self._lock = threading.RLock()
         self._changed = threading.Condition(self._lock)
@@ -109,12 +114,28 @@ class Memory:
         Raises ModelUnavailable when it cannot fit, or found no room in time.
         """
         newcomer = Resident(alias, size_bytes, reload_s, pinned, 1, self._clock(), arriving=True)
-        began_s = time.monotonic()
+        with self._changed:
+            self._newcomers[alias] = time.monotonic()
+        try:
+            self._enter(newcomer)
+        finally:
+            with self._changed:
+                if alias == next(iter(self._newcomers)):
+                    self._turn_s = time.monotonic()
+                del self._newcomers[alias]
+                self._changed.notify_all()
+
+    def _enter(self, newcomer: Resident) -> None:
+        alias = newcomer.alias
+        began_s = self._newcomers[alias]
         while True:
             with self._changed:
                 newcomer.waiting = max(1.0, self._waiting.get(alias, 0.0))
-                waited_s = time.monotonic() - began_s
+                now_s = time.monotonic()
+                waited_s = now_s - began_s
                 going = self._residency.room_for(newcomer, patient=waited_s < self._patience_s)
+                if newcomer.size_bytes and self._is_behind(alias, now_s):
+                    going = None
                 ready = going is not None and all(one.holds == 0 for one in going)
                 for one in going or ():
                     # The others may be used until all have gone: another's going may turn out to be room enough.
@@ -122,13 +143,19 @@ class Memory:
                 if ready and going is not None:
                     self._take_out(going)
                     self._residency.residents[alias] = newcomer
-                elif waited_s >= self._limit_s:
+                elif now_s - max(began_s, self._turn_s) >= self._limit_s:
                     raise self._no_room(newcomer)
                 else:
                     self._changed.wait(min(1.0, max(0.01, self._patience_s - waited_s)))
             if ready and going is not None:
                 self._close([one.alias for one in going])
                 return
+
+    def _is_behind(self, alias: str, now_s: float) -> bool:
+        """Whether somebody came earlier and has lost patience: what becomes free is the first one's then, or one that
+        needs much would wait for ever beside those that need little."""
+        first, since_s = next(iter(self._newcomers.items()))
+        return alias != first and now_s - since_s >= self._patience_s
 
     def _no_room(self, newcomer: Resident) -> ModelUnavailable:
         used = ", ".join(f"{one.alias} {one.size_bytes / 1e6:,.0f} MB" for one in self._residency.residents.values())

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import threading
+from types import SimpleNamespace
 
 import pytest
 
 from cortex_tasks.errors import ModelUnavailable
 from tests.support.stub_models import PATIENCE_S
+from tests.support.worker_process import poll_until
 from workers.memory import Memory
 
 
@@ -24,11 +26,14 @@ class Bench:
             self.now_s += 1
             self.memory.release(alias)
 
-    def entering(self, alias: str) -> tuple[threading.Thread, threading.Event]:
+    def entering(self, alias: str, size_bytes: int = 50) -> tuple[threading.Thread, threading.Event]:
         inside = threading.Event()
 
         def enter() -> None:
-            self.memory.enter(alias, 50, pinned=False, reload_s=1.0)
+            try:
+                self.memory.enter(alias, size_bytes, pinned=False, reload_s=1.0)
+            except ModelUnavailable:
+                return
             inside.set()
 
         thread = threading.Thread(target=enter, daemon=True)
@@ -114,6 +119,62 @@ def test_a_patient_newcomer_waits_for_a_model_with_jobs() -> None:
     bench.memory.release("wanted")
     thread.join(PATIENCE_S)
     assert bench.gone == ["wanted"]
+
+
+def test_a_large_newcomer_gets_what_becomes_free_before_small_ones_that_came_later() -> None:
+    bench = Bench(100, patience_s=0.0, limit_s=PATIENCE_S)
+    for alias in ("a", "b"):
+        bench.enter(alias)
+        bench.memory.hold(alias)
+    large, large_inside = bench.entering("large", 100)
+    poll_until(lambda: not bench.memory.stays("a") and not bench.memory.stays("b"), "both are about to leave")
+    small, small_inside = bench.entering("small", 50)
+    bench.memory.release("a")
+    assert not small_inside.wait(0.1), "the room is not its own"
+    bench.memory.release("b")
+    large.join(PATIENCE_S)
+    assert large_inside.is_set()
+    bench.memory.settle("large", 100, 1.0)
+    bench.memory.release("large")
+    small.join(PATIENCE_S)
+    assert small_inside.is_set()
+    assert bench.gone == ["a", "b", "large"]
+
+
+def test_a_newcomer_takes_free_room_while_an_earlier_one_is_patient() -> None:
+    bench = Bench(100, patience_s=PATIENCE_S, limit_s=PATIENCE_S)
+    bench.enter("used", held=True)
+    bench.entering("large", 100)
+    poll_until(lambda: "large" in bench.memory._newcomers, "it waits")
+    bench.enter("small", 50)
+    assert bench.memory.stays("small")
+
+
+def test_the_time_of_a_newcomer_begins_when_it_is_its_turn(monkeypatch: pytest.MonkeyPatch) -> None:
+    now_s = 0.0
+    monkeypatch.setattr("workers.memory.time", SimpleNamespace(monotonic=lambda: now_s))
+    bench = Bench(100, patience_s=5.0, limit_s=120.0)
+    bench.enter("used", held=True)
+    first, _ = bench.entering("first", 100)
+    poll_until(lambda: "first" in bench.memory._newcomers, "it waits")
+    _, inside = bench.entering("second", 60)
+    poll_until(lambda: "second" in bench.memory._newcomers, "it waits")
+    now_s = 120.0
+    first.join(PATIENCE_S)
+    assert not first.is_alive(), "its time is over"
+    assert not inside.wait(0.1)
+    bench.memory.release("used")
+    assert inside.wait(PATIENCE_S)
+
+
+def test_a_model_that_takes_no_room_waits_for_nobody() -> None:
+    bench = Bench(100, patience_s=0.0, limit_s=PATIENCE_S)
+    bench.enter("used")
+    bench.memory.hold("used")
+    bench.entering("large", 100)
+    poll_until(lambda: not bench.memory.stays("used"), "it is asked to leave")
+    _, inside = bench.entering("in children", 0)
+    assert inside.wait(PATIENCE_S)
 
 
 def test_what_can_never_fit_is_told_at_once() -> None:
