@@ -280,7 +280,7 @@ class Wiring:
         try:
             job = to_job(task.request.id or "", task.name, args, kwargs, self.fleet, headers)
             with self.registry.using(job.model) as model:
-                run_alone(job, model.loaded)
+                run_alone(job, model.loaded, model.budget(job.task))
                 return answer(job, model.revision)
         except CortexError as error:
             return error

@@ -16,7 +16,7 @@ from cortex_tasks.derived import Form, made
 from cortex_tasks.errors import CortexError, InferenceFailed
 from cortex_tasks.payloads import CachePolicy, Lane, Params
 from workers.adapters import Adapter, Item
-from workers.batching import Group
+from workers.batching import Batcher, Budget, Group, Waiting
 
 __all__ = ["Job", "Stopwatch", "answer", "as_item_error", "forward_isolating", "run_alone"]
 
@@ -191,20 +191,22 @@ def _asked(job: Job) -> list[Any]:
     return outcomes
 
 
-def run_alone(job: Job, adapter: Adapter, clock: Callable[[], float] = time.perf_counter) -> None:
-    """Settle a job by itself, in the calling thread: for pools that do not batch."""
+def run_alone(job: Job, adapter: Adapter, budget: Budget, clock: Callable[[], float] = time.perf_counter) -> None:
+    """Settle a job by itself, in the calling thread, in passes that keep to the budget: for pools that do not batch."""
     started = clock()
     given = job.good_inputs()
     prepared = adapter.prepare(job.task, [value for _, value in given], job.params)
-    ready = clock()
-    good: list[tuple[int, Item]] = []
+    job.watch.prepare_ms = (clock() - started) * 1e3
+    line: Batcher[tuple[int, Item]] = Batcher()
     for (index, _), item in zip(given, prepared, strict=True):
         if isinstance(item, CortexError):
             job.settle(index, item)
         else:
-            good.append((index, item))
-    values = forward_isolating(adapter, job.task, [item for _, item in good], job.params) if good else []
-    for (index, _), value in zip(good, values, strict=True):
-        job.settle(index, value)
-    job.watch.prepare_ms, job.watch.forward_ms = (ready - started) * 1e3, (clock() - ready) * 1e3
-    job.watch.batch_items = len(good)
+            line.add(Waiting((index, item), job.group, item.cost_tokens))
+    while (batch := line.take(lambda _: budget)) is not None:
+        began_s = clock()
+        places, items = zip(*(waiting.payload for waiting in batch.items), strict=True)
+        values = forward_isolating(adapter, job.task, items, job.params)
+        job.watch.add_pass(began_s, clock(), len(items))
+        for index, value in zip(places, values, strict=True):
+            job.settle(index, value)

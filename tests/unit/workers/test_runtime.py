@@ -15,6 +15,7 @@ from cortex_tasks.errors import CortexError, InferenceFailed, InvalidInput
 from cortex_tasks.payloads import EmbedParams, Params
 from tests.support.stub_models import Panic
 from workers.adapters import Adapter, Item, LoadContext
+from workers.batching import Budget
 from workers.runtime import Job, Stopwatch, answer, forward_isolating, run_alone
 
 
@@ -107,7 +108,7 @@ def test_an_adapter_may_fail_one_item_by_itself() -> None:
 @pytest.mark.parametrize("packed", [False, True])
 def test_the_answer_keeps_order_and_errors(packed: bool) -> None:
     job = Job("id", "m", "embed", EmbedParams(), [0, InvalidInput("refused", {"limit": 1}), 7], packed=packed)
-    run_alone(job, Fragile({7}))
+    run_alone(job, Fragile({7}), Budget(8, 100))
     meta = loads(dumps({"status": "SUCCESS", "result": answer(job, "rev")}))
     items = meta["result"]["items"]
     assert items[0] == {"value": {"n": 0}}
@@ -119,8 +120,36 @@ def test_the_answer_keeps_order_and_errors(packed: bool) -> None:
 
 def test_an_answer_is_short_in_logs() -> None:
     job = Job("id", "m", "embed", EmbedParams(), [0] * 500)
-    run_alone(job, Fragile(set()))
+    run_alone(job, Fragile(set()), Budget(500, 500))
     assert len(repr(answer(job, "0123456789abcdef"))) < 100
+
+
+class Lengths(Fragile):
+    """An input is its length. Notes the passes."""
+
+    def __init__(self, bad: set[int]) -> None:
+        super().__init__(bad)
+        self.batches: list[list[int]] = []
+
+    def prepare(self, task: str, inputs: Sequence[Any], params: Params) -> list[Item | CortexError]:
+        return [InvalidInput("empty") if not value else Item(value, value) for value in inputs]
+
+    def forward(self, task: str, items: Sequence[Item], params: Params) -> Sequence[Any]:
+        self.batches.append([item.data for item in items])
+        return super().forward(task, items, params)
+
+
+def test_a_job_by_itself_runs_in_passes_that_keep_to_the_budget() -> None:
+    adapter = Lengths({7})
+    inputs = [30, 1, 0, 2, 31, 7, 100, 1]
+    job = Job("id", "m", "embed", EmbedParams(), inputs)
+    run_alone(job, adapter, Budget(3, 64))
+    assert all(len(sizes) <= 3 and len(sizes) * max(sizes) <= 64 for sizes in adapter.batches if sizes != [100])
+    assert [outcome if isinstance(outcome, dict) else outcome.code for outcome in job.outcomes] == [
+        {"n": size} if size not in (0, 7) else "invalid_input" if size == 0 else "inference_failed" for size in inputs
+    ]
+    assert job.open_items == 0
+    assert answer(job, "rev").timings["batch_items"] == 3
 
 
 # ------------------------------------------------------------------------------------------------ timings
