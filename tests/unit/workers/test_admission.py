@@ -9,13 +9,15 @@ from typing import Any
 import pytest
 
 from cortex_tasks.errors import CortexError, InferenceFailed, InvalidInput, ModelUnavailable
-from cortex_tasks.payloads import Params
+from cortex_tasks.payloads import Lane, Params
 from tests.support.stub_models import PATIENCE_S, Listener, Panic, StubAdapter, fleet_of, job, ready, registry_of
 from workers.adapters import Item
 from workers.admission import Admission, Slot, fail_inside
 from workers.batching import Batch
 from workers.registry import Model, Registry
 from workers.runtime import Job
+
+LANES: tuple[Lane, ...] = ("bulk", "interactive")
 
 
 class Bench:
@@ -49,6 +51,23 @@ def test_jobs_of_one_group_are_prepared_in_one_call_and_line_up_together() -> No
     assert bench.line() == [[("a", 0), ("a", 1), ("b", 0)]]
     assert not bench.admission.has_incoming
     assert bench.admission.ahead() is None
+
+
+def test_a_backlog_is_prepared_in_portions_that_the_other_lane_does_not_wait_for() -> None:
+    bench = Bench()
+    backlog = [job(str(at), "x" * 30_000, lane="bulk") for at in range(7)]
+    bench.admit(*backlog, job("short", "y"))
+    assert bench.line() == [[("short", 0)], [("0", 0)], [("1", 0)], [("2", 0)], [("3", 0)]]
+    assert bench.admission.has_incoming
+    bench.admit()
+    assert bench.line() == [[("4", 0)], [("5", 0)], [("6", 0)]]
+    assert not bench.admission.has_incoming
+
+
+def test_a_portion_is_no_less_than_a_batch() -> None:
+    bench = Bench(m={"batching": {"max_padded_tokens": 50_000}})
+    bench.admit(*(job(str(at), "x" * 30_000, lane="bulk") for at in range(7)))
+    assert not bench.admission.has_incoming
 
 
 def test_a_refused_input_is_settled_and_its_neighbours_line_up() -> None:
@@ -186,6 +205,18 @@ def test_jobs_of_a_model_that_loads_wait_and_block_nobody(loading: tuple[Bench, 
     bench.admission.admit()
     assert bench.line() == [[("waits", 0), ("waits too", 0)]]
     assert registry.loads == 1
+
+
+def test_a_backlog_that_waited_for_a_load_is_in_line_before_the_model_may_go(loading: tuple[Bench, Loads]) -> None:
+    bench, registry = loading
+    bench.admit(*(job(f"{lane} {at}", "x" * 90_000, model="lazy", lane=lane) for lane in LANES for at in range(5)))
+    while bench.admission.has_incoming:
+        bench.admit()
+    registry.gate.set()
+    assert bench.woken.wait(PATIENCE_S)
+    assert sorted(name for batch in bench.line() for name, _ in batch) == [
+        f"{lane} {at}" for lane in LANES for at in range(5)
+    ]
 
 
 def test_jobs_that_waited_for_a_failed_load_get_its_reason(loading: tuple[Bench, Loads]) -> None:
