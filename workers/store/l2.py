@@ -5,7 +5,7 @@
 ``cortex:store:entry:<name>``     a snapshot's manifest, or a small value; written last: with it the entry exists
 ``cortex:store:chunk:<name>:<n>`` the files one after another, in chunks
 ``cortex:store:used``             sorted set: name -> epoch second of its last use
-``cortex:store:sizes``            hash: name -> "bytes chunks writable-until"
+``cortex:store:sizes``            hash: name -> "bytes chunks writable-until"; "" -> the sum of all bytes
 ================================= ======================================================================
 
 All but the last two have a time to live. Redis may evict any of them by itself; an entry that lacks a part is a miss,
@@ -45,40 +45,59 @@ _SIZES: Final = "cortex:store:sizes"
 
 # KEYS: used, sizes. ARGV: name, bytes, chunks, budget, now, ttl, writable until.
 # Makes room and takes it; 0 when the entry is larger than the budget. UNLINK frees memory outside the main thread.
+# For a small value (no chunks) the sum is believed, and only what must have expired is looked at: there may be a
+# hundred thousand of them, and Redis serves nobody else meanwhile. Otherwise all are counted anew.
 _RESERVE: Final = """
+local function bytes_of(name)
+  return tonumber(string.match(redis.call('HGET', KEYS[2], name) or '0', '^%d+'))
+end
 local function drop(name)
-  local size = redis.call('HGET', KEYS[2], name)
+  local bytes, size = bytes_of(name), redis.call('HGET', KEYS[2], name)
   local chunks = size and tonumber(string.match(size, '^%d+ (%d+)')) or 0
   redis.call('UNLINK', 'cortex:store:entry:' .. name)
   for i = 0, chunks - 1 do redis.call('UNLINK', 'cortex:store:chunk:' .. name .. ':' .. i) end
   redis.call('ZREM', KEYS[1], name)
   redis.call('HDEL', KEYS[2], name)
+  return bytes
 end
-if ARGV[1] ~= '' and tonumber(ARGV[2]) > tonumber(ARGV[4]) then return 0 end
-local total = ARGV[1] ~= '' and tonumber(ARGV[2]) or 0
-local dropped = 0
-local names = redis.call('ZRANGE', KEYS[1], 0, -1)
-local kept = {}
-for _, name in ipairs(names) do
-  if name ~= ARGV[1] then
-    local bytes, until_s = string.match(redis.call('HGET', KEYS[2], name) or '0 0 0', '^(%d+) %d+ ([%d.]+)')
-    if redis.call('EXISTS', 'cortex:store:entry:' .. name) == 0 and tonumber(until_s) < tonumber(ARGV[5]) then
-      drop(name)
-    else
-      total = total + tonumber(bytes)
-      kept[#kept + 1] = {name, tonumber(bytes)}
+local new, bytes, budget, now = ARGV[1], tonumber(ARGV[2]), tonumber(ARGV[4]), tonumber(ARGV[5])
+if new ~= '' and bytes > budget then return 0 end
+local total = tonumber(redis.call('HGET', KEYS[2], '') or '')
+if new ~= '' and total and total >= 0 and ARGV[3] == '0' then
+  total = total - bytes_of(new)
+  for _, name in ipairs(redis.call('ZRANGEBYSCORE', KEYS[1], '-inf', now - ARGV[6], 'LIMIT', 0, 100)) do
+    if name ~= new then total = total - drop(name) end
+  end
+else
+  total = 0
+  for _, name in ipairs(redis.call('ZRANGE', KEYS[1], 0, -1)) do
+    if name ~= new then
+      local until_s = string.match(redis.call('HGET', KEYS[2], name) or '0 0 0', '^%d+ %d+ ([%d.]+)')
+      if redis.call('EXISTS', 'cortex:store:entry:' .. name) == 0 and tonumber(until_s) < now then
+        drop(name)
+      else
+        total = total + bytes_of(name)
+      end
     end
   end
 end
-for _, row in ipairs(kept) do
-  if total <= tonumber(ARGV[4]) then break end
-  drop(row[1])
-  total = total - row[2]
+total = total + bytes
+local dropped = 0
+while total > budget do
+  local oldest = redis.call('ZRANGE', KEYS[1], 0, 1)
+  local name = oldest[1] == new and oldest[2] or oldest[1]
+  if not name then break end
+  total = total - drop(name)
   dropped = dropped + 1
 end
-if ARGV[1] ~= '' then
-  redis.call('ZADD', KEYS[1], ARGV[5], ARGV[1])
-  redis.call('HSET', KEYS[2], ARGV[1], ARGV[2] .. ' ' .. ARGV[3] .. ' ' .. ARGV[7])
+if new ~= '' then
+  redis.call('ZADD', KEYS[1], ARGV[5], new)
+  redis.call('HSET', KEYS[2], new, ARGV[2] .. ' ' .. ARGV[3] .. ' ' .. ARGV[7])
+end
+if redis.call('EXISTS', KEYS[1]) == 1 then
+  redis.call('HSET', KEYS[2], '', string.format('%d', total))
+else
+  redis.call('DEL', KEYS[2])
 end
 return dropped + 1
 """
@@ -109,10 +128,15 @@ return 1
 _DROP: Final = """
 local size = redis.call('HGET', KEYS[2], ARGV[1])
 local chunks = size and tonumber(string.match(size, '^%d+ (%d+)')) or 0
+if size and redis.call('HEXISTS', KEYS[2], '') == 1 then
+  redis.call('HINCRBY', KEYS[2], '', '-' .. string.match(size, '^%d+'))
+end
 redis.call('UNLINK', 'cortex:store:entry:' .. ARGV[1])
 for i = 0, chunks - 1 do redis.call('UNLINK', 'cortex:store:chunk:' .. ARGV[1] .. ':' .. i) end
 redis.call('HDEL', KEYS[2], ARGV[1])
-return redis.call('ZREM', KEYS[1], ARGV[1])
+local dropped = redis.call('ZREM', KEYS[1], ARGV[1])
+if redis.call('EXISTS', KEYS[1]) == 0 then redis.call('DEL', KEYS[2]) end
+return dropped
 """
 
 
@@ -250,7 +274,7 @@ class L2:
         limit = int(memory.get("maxmemory", 0))
         if not limit:
             return self._max_bytes
-        others = max(0, int(memory["used_memory"]) - self.used_bytes())
+        others = max(0, int(memory["used_memory"]) - int(self._client.hget(_SIZES, "") or self.used_bytes()))
         return max(0, int(limit * _REDIS_SHARE) - others)
 
     def _upload(self, digest: str, entries: tuple[FileEntry, ...], root: Path, count: int) -> bool:

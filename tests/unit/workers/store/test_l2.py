@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from random import Random
 
 import pytest
 import redis
@@ -262,3 +263,50 @@ def test_small_values_share_the_budget(client: redis.Redis, clock: Clock, tmp_pa
     Kept(tight, tmp_path)
     assert tight.get_value("fit:one") is None
     assert client.ttl("cortex:store:entry:fit:one") == -2
+
+
+def test_keeping_a_small_value_looks_at_few_of_the_others(l2: L2, client: redis.Redis) -> None:
+    """Redis serves nobody else meanwhile, and a fleet may keep a hundred thousand."""
+    for number in range(300):
+        assert l2.put_value(f"fit:{number}", b"1" * 100)
+    client.config_resetstat()
+    assert l2.put_value("fit:new", b"1" * 100)
+    calls = client.info("commandstats")
+    assert sum(calls.get(f"cmdstat_{name}", {"calls": 0})["calls"] for name in ("hget", "exists", "hmget")) < 20
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_the_sum_is_that_of_all_entries_whatever_happens(
+    seed: int, client: redis.Redis, clock: Clock, tmp_path: Path
+) -> None:
+    random, l2 = Random(seed), L2(client, max_bytes=40_000, ttl_s=300, clock=clock, chunk_bytes=CHUNK)
+    for _ in range(150):
+        name = f"fit:{random.randrange(20)}"
+        match random.randrange(8):
+            case 0:
+                l2.drop(name)
+            case 1:
+                client.delete(f"cortex:store:entry:{name}")
+            case 2:
+                Kept(l2, tmp_path, random.randrange(3))
+            case 3:
+                l2.clean()
+            case 4:
+                clock.now_s += 40
+            case 5:
+                l2.get_value(name)
+            case _:
+                assert l2.put_value(name, b"1" * random.randrange(4_000))
+        assert int(client.hget("cortex:store:sizes", "") or 0) == l2.used_bytes() <= 40_000
+        assert client.zcard("cortex:store:used") == len(l2.sizes())
+
+
+def test_values_that_expired_are_counted_no_more_once_another_is_kept(
+    l2: L2, client: redis.Redis, clock: Clock
+) -> None:
+    for name in ("fit:one", "fit:two"):
+        l2.put_value(name, b"1" * 100)
+        client.delete(f"cortex:store:entry:{name}")
+    clock.now_s += 86_401
+    l2.put_value("fit:three", b"1" * 50)
+    assert l2.sizes() == {"fit:three": 50}
