@@ -117,7 +117,10 @@ def choose(request: Request, subject: Subject) -> Chosen:
 
 
 def _fastest(builder: _Builder) -> Chosen:
-    """The fastest of the installed engines that pass, measured once a machine. fp32 when no int8 engine passes."""
+    """The fastest of the installed engines that pass, measured once a machine. fp32 when no int8 engine passes.
+
+    Whatever an engine's library or the disk raises is a reason to go on without it: torch is always there.
+    """
     request = builder.request
     note = ""
     candidates: dict[str, Chosen] = {}
@@ -130,11 +133,17 @@ def _fastest(builder: _Builder) -> Chosen:
                 candidates[name] = builder.open(name, precision)
             except (_Refused, ModelUnavailable) as error:
                 reasons.append(str(error))
+            except Exception as error:
+                reasons.append(f"{name} {precision}: {type(error).__name__}: {str(error).strip()[:200]}")
+                logger.warning("model %s cannot run on %s", request.alias, reasons[-1])
         if candidates:
             break
         note = "; ".join([*reasons, "runs in fp32"])
         logger.warning("model %s: %s", request.alias, note)
-    best = builder.fastest({name: chosen.engine for name, chosen in candidates.items()})
+    if len(candidates) == 1:
+        best = next(iter(candidates))
+    else:
+        best = builder.fastest({name: chosen.engine for name, chosen in candidates.items()})
     for name, chosen in candidates.items():
         if name != best:
             chosen.engine.close()

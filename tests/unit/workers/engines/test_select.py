@@ -173,6 +173,22 @@ def test_auto_in_int8_falls_back_to_the_fastest_fp32(tiny: LoadContext) -> None:
     assert adapter.note.endswith("runs in fp32")
 
 
+@pytest.mark.parametrize("precision", ["fp32", "int8"])
+def test_auto_runs_on_torch_where_no_other_engine_can_be_built(
+    tiny: LoadContext, precision: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not any(_installed(name) for name in LIBRARIES):
+        pytest.skip("no other engine is installed")
+
+    def fail(*_: Any) -> None:
+        raise RuntimeError("an operator that cannot be exported")
+
+    monkeypatch.setattr(select, "to_onnx", fail)
+    adapter = _load(replace(tiny, digest="6" * 64), backend="auto", precision=precision)
+    assert (adapter.engine, adapter.precision) == ("torch", "fp32")
+    assert ("cannot be exported" in adapter.note) == (precision == "int8")
+
+
 def test_a_precision_that_an_engine_does_not_run_is_refused(tiny: LoadContext) -> None:
     _need("onnx")
     with pytest.raises(ConfigError, match="backend onnx runs fp32, int8, not 'fp16'"):
