@@ -64,6 +64,7 @@ logger = logging.getLogger(__name__)
 _STOCK_VISIBILITY_S: Final = 3_600
 _POOL: Final = "workers.celery_hooks.pool:BatchingPool"
 _DISPATCHER: Final = "workers.celery_hooks.events:TurnDispatcher"
+_CONSUMER: Final = "workers.celery_hooks.consumer:RefusingConsumer"
 _BACKEND: Final = "workers.celery_hooks.backend:BatchedRedisBackend"
 
 
@@ -344,6 +345,7 @@ def _configure_worker(
         instance.app.events.dispatcher_cls = _DISPATCHER
     if wiring.settings.transport == "cortex":
         conf.broker_transport = register_transport()
+        conf.worker_consumer = _CONSUMER
         conf.broker_transport_options = {**conf.broker_transport_options, **lease_options(wiring.fleet.delivery)}
     else:
         conf.broker_transport_options = {**conf.broker_transport_options, "visibility_timeout": _STOCK_VISIBILITY_S}

@@ -6,6 +6,7 @@ import json
 import time
 import uuid
 from collections.abc import Iterator
+from datetime import UTC, datetime
 from typing import Any, NamedTuple
 
 import pytest
@@ -79,6 +80,14 @@ PARKED: dict[str, Any] = {
     "keywords a list": message(body=[[], [1], CALLBACKS]),
     "callbacks a list": message(body=[[], KWARGS, [1]]),
 }
+#: Past, but since the machine's start: Celery's timer takes it at once. What is older runs without the timer.
+JUST_NOW = datetime.now(UTC).isoformat()
+#: What says when to run is handed on by the timer, when nobody listens to its delivery any more.
+LATER: dict[str, Any] = {
+    case: raw | {"headers": raw["headers"] | {"eta": JUST_NOW}}
+    for case, raw in PARKED.items()
+    if isinstance(raw, dict) and isinstance(raw["headers"], dict)
+}
 #: Refused or dropped as stock Celery does, and logged.
 DROPPED: dict[str, Any] = {
     "body no JSON": message() | {"body": "{{{"},
@@ -137,10 +146,11 @@ def fleet(echo_worker: WorkerProcess) -> Iterator[Fleet]:
         yield Fleet(echo_worker, client)
 
 
-@pytest.mark.parametrize("case", PARKED)
-def test_what_cannot_be_read_is_parked(fleet: Fleet, case: str) -> None:
+@pytest.mark.parametrize(
+    "raw", [*PARKED.values(), *LATER.values()], ids=[*PARKED, *(f"{case}, for later" for case in LATER)]
+)
+def test_what_cannot_be_read_is_parked(fleet: Fleet, raw: Any) -> None:
     fleet.redis.delete(DEAD)
-    raw = PARKED[case]
     fleet.send_between_neighbours(raw)
     (entry,) = (json.loads(entry) for entry in fleet.redis.lrange(DEAD, 0, -1))
     assert entry["reason"].startswith("the message cannot be read: ")

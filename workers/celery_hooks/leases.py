@@ -154,7 +154,7 @@ class LeasedQoS(kombu_redis.QoS):
             try:
                 self._give_back(tag)
             except malformed.UNREADABLE as error:
-                self._park(tag, error)
+                self.park(tag, error)
 
     def restore_unacked(self, client: Any = None) -> None:
         """The connection was lost or is closed: as stock, but what is computed here stays this worker's. It would come
@@ -170,13 +170,15 @@ class LeasedQoS(kombu_redis.QoS):
         try:
             super().restore_by_tag(tag, client=client, leftmost=leftmost)
         except malformed.UNREADABLE as error:
-            self._park(tag, error, client)
+            self.park(tag, error, client)
 
-    def _park(self, tag: Any, error: Exception, client: Any = None) -> None:
+    def park(self, tag: Any, error: Exception, client: Any = None) -> None:
+        """Move what is recorded of a message to its queue's dead letters; nothing, if it is another worker's by now."""
         with self.channel.conn_or_acquire(client) as redis:
-            record = redis.hget(self.unacked_key, tag) or b""
-            raw, queue = malformed.split_record(record)
-            malformed.park(redis, (self.unacked_key, self.unacked_index_key), queue, tag, raw, error)
+            record = redis.hget(self.unacked_key, tag)
+            if record is not None:
+                raw, queue = malformed.split_record(record)
+                malformed.park(redis, (self.unacked_key, self.unacked_index_key), queue, tag, raw, error)
 
     def held_tags(self) -> list[str]:
         """Delivery tags not yet acknowledged. Called by another thread than the one that changes them."""

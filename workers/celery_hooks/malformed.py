@@ -36,16 +36,20 @@ def park(client: Any, unacked: tuple[str, str], queue: str, tag: str, raw: bytes
 
 
 def split_record(record: bytes) -> tuple[bytes, str]:
-    """(message, queue) of an entry of ``unacked`` whose message is no JSON."""
-    message, _, queue = record.removeprefix(b"[").removesuffix(b"]").rpartition(b',"",')
-    return message, queue.strip(b'"').decode(errors="replace")
+    """(message, queue) of an entry of ``unacked``, whose message may be no JSON."""
+    try:
+        readable, _, name = json.loads(record)
+        return json.dumps(readable).encode(), name
+    except (ValueError, TypeError, RecursionError):
+        message, _, queue = record.removeprefix(b"[").removesuffix(b"]").rpartition(b',"",')
+        return message, queue.strip(b'"').decode(errors="replace")
 
 
-def forget_request(raw: bytes, tag: str) -> None:
+def forget_request(tag: str) -> None:
     """Take the request that Celery made of an unreadable message, if it came that far, out of its books."""
-    request = worker_state.requests.get(_job_id(_decoded(raw)))
-    if request is not None and request.message.delivery_tag == tag:
-        worker_state.task_ready(request)
+    for request in list(worker_state.requests.values()):
+        if request.message.delivery_tag == tag:
+            worker_state.task_ready(request)
 
 
 def _decoded(raw: bytes) -> Any:

@@ -188,7 +188,7 @@ class CortexChannel(kombu_redis.Channel):
         return [wait.fetch for wait in self._waits.values() if wait.fetch is not None]
 
     def _deliver(self, queue: str, is_bulk: bool, tag: str, raw: bytes) -> None:
-        """Hand a message to its consumer. One that breaks its reading is parked: its neighbours come through."""
+        """Hand a message to its consumer. One that breaks its reading is refused: its neighbours come through."""
         qos = self.qos
         qos.recorded.add(tag)
         if is_bulk:
@@ -201,21 +201,22 @@ class CortexChannel(kombu_redis.Channel):
                 qos.scheduled.add(tag)
                 qos.bulk.discard(tag)
             self.connection._deliver(message, queue)
-        except ResponseError as error:
-            # Nothing is wrong with the message: it comes again when its lease ends.
-            qos.let_go(tag)
-            self._back_off(error)
-        except (RedisError, OSError):
-            raise
         except Exception as error:
-            qos.let_go(tag)
-            malformed.forget_request(raw, tag)
-            try:
-                with self.conn_or_acquire() as client:
-                    malformed.park(client, (self.unacked_key, self.unacked_index_key), queue, tag, raw, error)
-            except ResponseError as refusal:
-                # It comes again when its lease ends.
-                self._back_off(refusal)
+            self.refuse(tag, error)
+
+    def refuse(self, tag: str, error: Exception) -> None:
+        """Park a message whose handing on raised an error. Raises an error that tells of the connection, not of it."""
+        if isinstance(error, RedisError | OSError) and not isinstance(error, ResponseError):
+            raise error
+        self.qos.let_go(tag)
+        try:
+            if isinstance(error, ResponseError):
+                raise error
+            malformed.forget_request(tag)
+            self.qos.park(tag, error)
+        except ResponseError as refusal:
+            # It comes again when its lease ends.
+            self._back_off(refusal)
 
     # ----------------------------------------------------------------------------------- waiting
 

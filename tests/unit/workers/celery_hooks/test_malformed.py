@@ -51,6 +51,8 @@ def test_a_long_reason_is_cut(client: Any) -> None:
 @pytest.mark.parametrize(
     ("record", "message", "queue"),
     [
+        (b'[{"a": [1]},"","q"]', b'{"a": [1]}', "q"),
+        (b'[{"a": [1]}, "", "q"]', b'{"a": [1]}', "q"),
         (b'[not json,"","q"]', b"not json", "q"),
         (b'[,"","q"]', b"", "q"),
         (b'[a,"",b,"","q"]', b'a,"",b', "q"),
@@ -62,20 +64,20 @@ def test_records_are_taken_apart(record: bytes, message: bytes, queue: str) -> N
     assert malformed.split_record(record) == (message, queue)
 
 
-def test_celerys_books_lose_only_that_request() -> None:
-    def request(tag: str) -> Any:
-        return type("R", (), {"id": "a", "message": SimpleNamespace(delivery_tag=tag)})()
-
-    raw = b'{"headers": {"id": "a"}}'
+@pytest.mark.parametrize("job_id", ["a", 5])
+def test_celerys_books_lose_only_that_request(job_id: Any) -> None:
+    first, second = (
+        type("R", (), {"id": given, "message": SimpleNamespace(delivery_tag=f"tag of {given}")})()
+        for given in (job_id, "b")
+    )
     worker_state.reset_state()
     try:
-        first = request("tag")
         worker_state.task_reserved(first)
-        malformed.forget_request(raw, "another tag")
-        assert worker_state.requests == {"a": first}
-        malformed.forget_request(b"not json", "tag")
-        malformed.forget_request(raw, "tag")
-        assert worker_state.requests == {}
-        assert first not in worker_state.reserved_requests
+        worker_state.task_reserved(second)
+        malformed.forget_request("another tag")
+        assert worker_state.requests == {job_id: first, "b": second}
+        malformed.forget_request(f"tag of {job_id}")
+        assert worker_state.requests == {"b": second}
+        assert list(worker_state.reserved_requests) == [second]
     finally:
         worker_state.reset_state()
