@@ -64,7 +64,7 @@ logger = logging.getLogger(__name__)
 _STOCK_VISIBILITY_S: Final = 3_600
 _POOL: Final = "workers.celery_hooks.pool:BatchingPool"
 _DISPATCHER: Final = "workers.celery_hooks.events:TurnDispatcher"
-_CONSUMER: Final = "workers.celery_hooks.consumer:RefusingConsumer"
+_CONSUMER: Final = "workers.celery_hooks.consumer:CortexConsumer"
 _BACKEND: Final = "workers.celery_hooks.backend:BatchedRedisBackend"
 
 

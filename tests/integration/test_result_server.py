@@ -1,7 +1,9 @@
-"""Results in a Redis of their own, which goes away while the broker's stays."""
+"""Results in a Redis of their own: it goes away while the broker's stays, and the other way round."""
 
 from __future__ import annotations
 
+import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -15,6 +17,42 @@ from tests.support.worker_process import WorkerProcess, poll_until
 pytestmark = pytest.mark.fleet
 
 JOBS = 20
+
+
+@pytest.mark.parametrize("is_silent", [False, True], ids=["broker down", "broker silent"])
+def test_answers_do_not_wait_for_the_broker(tmp_path: Path, is_silent: bool) -> None:
+    gate = tmp_path / "gate"
+    gate.touch()
+    options = ("--appendonly", "yes", "--appendfsync", "always", "--dir", str(tmp_path))
+    env = {"CORTEX_TEST_GATE": str(gate)}
+    with RedisServer(*options, directory=tmp_path) as broker, RedisServer(directory=tmp_path) as results:
+        env["CORTEX_RESULT_URL"] = results.url
+        with (
+            redis.Redis.from_url(broker.url) as client,
+            redis.Redis.from_url(results.url) as stored,
+            WorkerProcess(broker.url, tmp_path / "worker.log", queues="gated", env=env) as worker,
+            Celery("plain", broker=broker.url, set_as_current=False) as app,
+        ):
+            kwargs = [{"inputs": [f"text {n}"], "model": "gated"} for n in range(4)]
+            ids = [app.send_task("cortex.embed", kwargs=given, queue="gated").id for given in kwargs]
+            poll_until(lambda: client.hlen("unacked") == len(ids), "every job taken")
+            poll_until(gate.with_suffix(".entered").exists, "a batch at the gate")
+            if is_silent:
+                os.kill(broker.pid, signal.SIGSTOP)
+                try:
+                    poll_until(lambda: "not be renewed: TimeoutError" in worker.tail(), "a worker that notices")
+                    gate.unlink()
+                    poll_until(lambda: stored.exists(*map(result_key, ids)) == len(ids), "every answer")
+                finally:
+                    os.kill(broker.pid, signal.SIGCONT)
+            else:
+                broker.kill()
+                poll_until(lambda: "Cannot connect" in worker.tail(), "a worker that notices")
+                gate.unlink()
+                poll_until(lambda: stored.exists(*map(result_key, ids)) == len(ids), "every answer")
+                broker.start()
+            poll_until(lambda: client.hlen("unacked") == 0, "every job acknowledged")
+            assert not any(client.llen(key) for key in queue_keys("gated"))
 
 
 def test_answers_wait_for_their_server_beyond_the_lease_and_no_job_runs_twice(tmp_path: Path) -> None:

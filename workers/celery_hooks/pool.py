@@ -225,6 +225,10 @@ class BatchingPool(BasePool):
             os.eventfd_read(self._wake_fd)
         self._drain()
 
+    def flush(self) -> None:
+        """Celery calls it when the connection to the broker is lost; the hub does not turn until there is another."""
+        self._drain()
+
     def _drain(self) -> None:
         """Act on all that the runners told so far."""
         started: list[Ticket] = []

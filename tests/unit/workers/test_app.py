@@ -126,12 +126,14 @@ def test_every_hook_is_on_and_can_be_switched_back() -> None:
     assert hooked.worker_pool == "workers.celery_hooks.pool:BatchingPool"
     assert hooked.result_backend.startswith("workers.celery_hooks.backend:BatchedRedisBackend+redis://")
     assert hooked.broker_transport == "cortex"
+    assert hooked.worker_consumer == "workers.celery_hooks.consumer:CortexConsumer"
     assert hooked.worker_concurrency == prefetch_jobs(fleet, ["m"], "cpu")
     assert hooked.broker_transport_options["visibility_timeout"] == fleet.delivery.lease_s
     stock = configured(build(settings(pool="stock", backend="stock", transport="stock"), fleet), "celery@box", "m")[1]
     assert stock.conf.worker_pool == "prefork"
     assert stock.conf.result_backend.startswith("redis://")
     assert stock.conf.broker_transport is None
+    assert stock.conf.worker_consumer == "celery.worker.consumer:Consumer"
     # Nobody renews leases there: a time-out of seconds would run slow jobs twice.
     assert stock.conf.broker_transport_options["visibility_timeout"] == 3_600
 

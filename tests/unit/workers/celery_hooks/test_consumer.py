@@ -1,18 +1,21 @@
-"""What Celery's timers hand on, and what becomes of it when that fails."""
+"""What Celery's timers hand on, and what is done while the broker is away."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from types import SimpleNamespace
+from typing import Any
 from unittest.mock import Mock
 
 import pytest
 import redis
 from celery import Celery
+from celery.exceptions import WorkerShutdown
 from celery.worker import state as worker_state
 from kombu.utils.limits import TokenBucket
 
-from workers.celery_hooks.consumer import RefusingConsumer
+from workers.celery_hooks.consumer import CortexConsumer
+from workers.celery_hooks.pool import BatchingPool
 
 
 class Request:
@@ -27,14 +30,14 @@ class Request:
 class Bench:
     """A consumer without a worker; its channel as well."""
 
-    def __init__(self) -> None:
+    def __init__(self, pool: Any = None) -> None:
         self.handed_on: list[Request] = []
         self.refused: list[tuple[str, Exception]] = []
         app = Celery("bench", set_as_current=False)
-        self.consumer = RefusingConsumer(
+        self.consumer = CortexConsumer(
             self.hand_on,
             app=app,
-            pool=Mock(),
+            pool=pool or Mock(),
             timer=Mock(),
             controller=Mock(),
             hostname="bench",
@@ -82,3 +85,30 @@ def test_a_rate_limit_goes_on_behind_a_message_that_is_refused(bench: Bench) -> 
 def test_a_lost_connection_is_told_to_the_hub(bench: Bench) -> None:
     with pytest.raises(redis.ConnectionError):
         bench.consumer.apply_eta_task(Request(bench, "a", redis.ConnectionError("gone")))
+
+
+class Broker:
+    """A connection that is made at the fourth second."""
+
+    def ensure_connection(self, on_error: Any, max_retries: Any, callback: Any) -> Broker:
+        for _ in range(3):
+            callback()
+        return self
+
+
+@pytest.mark.parametrize(("kind", "flushes"), [(BatchingPool, 3), (Mock, 0)])
+def test_answers_leave_while_the_broker_is_away(kind: type, flushes: int) -> None:
+    """A pool of Celery's own is left alone: what its ``flush`` does is for once a connection."""
+    pool = Mock(spec=kind) if kind is BatchingPool else Mock()
+    consumer, broker = Bench(pool).consumer, Broker()
+    assert consumer.ensure_connected(broker) is broker
+    assert pool.flush.call_count == flushes
+    assert "ensure_connection" not in vars(broker)
+
+
+def test_a_worker_that_is_to_stop_waits_for_no_broker(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(worker_state, "should_stop", 0)
+    broker = Broker()
+    with pytest.raises(WorkerShutdown):
+        Bench(Mock(spec=BatchingPool)).consumer.ensure_connected(broker)
+    assert "ensure_connection" not in vars(broker)

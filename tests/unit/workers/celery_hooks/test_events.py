@@ -7,6 +7,7 @@ import time
 from base64 import b64decode
 from collections.abc import Callable, Iterator
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import redis
@@ -217,3 +218,13 @@ def test_while_redis_is_away_events_are_kept_and_the_question_is_not(tmp_path: A
         kept = [event for event, _ in bench.dispatcher._outbound_buffer]
         assert [[one["uuid"] for one in event] for event in kept] == [["kept"]]
         bench.close()
+
+
+def test_a_heartbeat_that_cannot_be_sent_is_kept_and_holds_nobody_up() -> None:
+    """Celery sends it with endless retries, on the hub's thread."""
+    dispatcher = TurnDispatcher(app=Celery("t", set_as_current=False), hostname="h", enabled=False)
+    dispatcher.producer, dispatcher.enabled = Mock(), True
+    dispatcher.producer.publish.side_effect = redis.ConnectionError("gone")
+    dispatcher.send("worker-heartbeat", retry=True)
+    assert dispatcher.producer.publish.call_args.kwargs["retry"] is False
+    assert [key for _, key in dispatcher._outbound_buffer] == ["worker.heartbeat"]
