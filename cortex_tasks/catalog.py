@@ -69,6 +69,8 @@ def nearest(name: str, known: Iterable[str]) -> str:
 
 def task_spec(name: str) -> TaskSpec:
     """The row of a task, by its short or its Celery name. Raises UnknownTask with the nearest names."""
+    if not isinstance(name, str):
+        raise UnknownTask(f"a task is named by a str, not {type(name).__name__}{nearest('', TASKS)}")
     short = name.removeprefix("cortex.")
     spec = TASKS.get(short)
     if spec is None:

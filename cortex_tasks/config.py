@@ -26,7 +26,7 @@ from cortex_tasks.config_fields import (
 )
 from cortex_tasks.config_problems import dotted, explain
 from cortex_tasks.config_wiring import KeyPath, disagreements
-from cortex_tasks.errors import ConfigError, UnknownModel
+from cortex_tasks.errors import ConfigError, InvalidParameter, UnknownModel
 from cortex_tasks.settings import Settings, mask_url
 
 if TYPE_CHECKING:
@@ -287,13 +287,15 @@ class FleetConfig(Section):
     def model(self, alias: str | None, task: str) -> tuple[str, ModelConfig]:
         """The model for a task: by alias, or the first in the file that serves the task when alias is None.
 
-        Raises UnknownModel with the nearest names.
+        Raises UnknownModel with the nearest names, InvalidParameter on what is no alias.
         """
         if alias is None:
             for name, model in self.models.items():
                 if task in model.tasks:
                     return name, model
             raise UnknownModel(f"no model in queues.yaml serves task {task!r}", {"task": task})
+        if not isinstance(alias, str):
+            raise InvalidParameter(f"model must be an alias, not {type(alias).__name__}")
         found = self.models.get(alias)
         if found is not None and task in found.tasks:
             return alias, found

@@ -20,7 +20,7 @@ from cortex_tasks.derived import refusal
 from cortex_tasks.errors import InvalidInput, InvalidParameter
 from cortex_tasks.payloads import EmbedParams, ForecastParams, Params, Series
 
-__all__ = ["check_input", "check_params", "is_single"]
+__all__ = ["check_input", "check_many", "check_params", "is_single"]
 
 _SERIES_FORMS: Final = "a Series, a mapping or DataFrame with 'ds' and 'y', or a list of (ds, y) pairs"
 
@@ -113,6 +113,16 @@ def is_single(task: str, inputs: Any) -> bool:
     if task_spec(task).input is InputKind.TEXT:
         return False
     return _is_frame(inputs) or _is_pairs(inputs)
+
+
+def check_many(inputs: Any) -> None:
+    """Raises InvalidInput on what is not to be gone through: one text, or nothing that can be."""
+    kind = type(inputs)
+    if isinstance(inputs, str | bytes) or not (hasattr(kind, "__iter__") or hasattr(kind, "__getitem__")):
+        raise InvalidInput(
+            f"map takes an iterable of inputs, not {kind.__name__}; put a single input in a list",
+            {"type": kind.__name__},
+        )
 
 
 def _is_frame(value: Any) -> bool:

@@ -70,7 +70,8 @@ class JobResult(Sequence["T | CortexError"], Generic[T]):
         values: list[T] = []
         for item in self.items:
             if isinstance(item, CortexError):
-                raise item
+                # As often as it is asked for: its traceback does not grow.
+                raise item.with_traceback(None)
             values.append(item)
         return tuple(values)
 

@@ -20,7 +20,7 @@ from cortex_tasks.client.map import Window, astream
 from cortex_tasks.client.progress import Progress
 from cortex_tasks.config import FleetConfig
 from cortex_tasks.errors import BrokerUnavailable, CortexError
-from cortex_tasks.inputs import is_single
+from cortex_tasks.inputs import check_many, is_single
 from cortex_tasks.payloads import CachePolicy, Lane
 from cortex_tasks.replies import AsyncReplies
 from cortex_tasks.results import JobResult
@@ -92,8 +92,9 @@ class _Link:
 
     async def why_late(self, plan: Plan, waited_s: float) -> CortexError:
         """Why no answer came in time: Redis, the queue, its workers."""
-        if self.replies.down is not None:
-            return self.replies.down
+        if (down := self.replies.down) is not None:
+            # One for each: their tracebacks are not to grow into one another.
+            return BrokerUnavailable(down.message, down.details)
         return timed_out(plan, waited_s, await self.wire.depth(plan.envelope.queue), await self.wire.cards())
 
     async def leave(self, stream: object, unfinished: Sequence[str]) -> None:
@@ -312,6 +313,8 @@ class AsyncCortex:
         plan = self._link().core.plan(
             task, model=model, lane=lane, deadline_s=deadline_s, cache=cache, timeout_s=timeout_s, **params
         )
+        if not isinstance(inputs, AsyncIterable):
+            check_many(inputs)
         flow: Window[LoopTicket] = Window(plan, LoopTicket, chunk=chunk, window=window, errors=errors)
         return astream(self, flow, inputs, Progress.of(plan.spec.name, inputs, progress))
 

@@ -146,8 +146,9 @@ class Order:
 
 
 def _failure(outcome: Outcome) -> CortexError | None:
+    """A new one each time, whose traceback is of whoever raises it alone."""
     if isinstance(outcome, CortexError):
-        return outcome
+        return type(outcome)(outcome.message, outcome.details)
     return error_from_meta(outcome) if outcome["status"] != "SUCCESS" else None
 
 
@@ -310,8 +311,6 @@ class Core:
         **params: Any,
     ) -> Plan:
         spec = task_spec(task)
-        if model is not None and not isinstance(model, str):
-            raise InvalidParameter(f"model must be an alias, not {type(model).__name__}")
         alias, config = self.fleet.model(model, spec.name)
         _one_of("lane", lane, get_args(Lane))
         _one_of("cache", cache, get_args(CachePolicy))
@@ -369,13 +368,13 @@ def resolve(url: str | None, settings: Settings | None, fleet: FleetConfig | Non
 
 
 def _one_of(name: str, value: Any, known: tuple[str, ...]) -> None:
-    if value not in known:
+    if not isinstance(value, str) or value not in known:
         raise InvalidParameter(f"unknown {name} {value!r}{nearest(str(value), known)}", {name: str(value)})
 
 
 def check_timeout(timeout_s: float) -> None:
     """Raises InvalidParameter on what nobody can wait for."""
-    if timeout_s != math.inf:
+    if not (isinstance(timeout_s, float) and timeout_s == math.inf):
         _seconds("timeout_s", timeout_s)
 
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Final, Generic, Literal, TypeVar, cast
 from cortex_tasks import codec
 from cortex_tasks.book import LoopTicket, Outcome, ThreadTicket
 from cortex_tasks.client.core import Order
-from cortex_tasks.errors import CortexError, JobCancelled
+from cortex_tasks.errors import CortexError, InvalidParameter, JobCancelled
 from cortex_tasks.publish import new_id
 from cortex_tasks.results import JobResult
 
@@ -24,6 +24,15 @@ _STARTED: Final = frozenset({"STARTED", "RETRY"})
 
 def _cancelled() -> JobCancelled:
     return JobCancelled("the job was cancelled by its submitter")
+
+
+def _patience_s(order: Order, timeout_s: float | None) -> float:
+    """How long to wait for an answer; not at all where a caller's time is up."""
+    if timeout_s is None:
+        return order.plan.timeout_s
+    if isinstance(timeout_s, bool) or not isinstance(timeout_s, int | float) or timeout_s != timeout_s:
+        raise InvalidParameter(f"timeout_s must be a number of seconds, not {timeout_s!r}")
+    return timeout_s
 
 
 def _state(outcome: Outcome | None, stored: bytes | None) -> State:
@@ -68,13 +77,13 @@ class Job(Generic[T]):
         Raises ResultTimeout (NoConsumer, when no worker consumes the queue), JobCancelled, DeadlineExceeded,
         ModelError when the job failed as a whole, BrokerUnavailable.
         """
+        patience_s = _patience_s(self._order, timeout_s)
         if self._ticket is None:
             return self._order.result([])
         if self._ticket.outcome is None:
             # Again, since the process may have forked or the client been closed meanwhile.
             self._client._link().replies.watch([self._ticket])
-            plan = self._order.plan
-            self._client._wait(plan, [self._ticket], plan.timeout_s if timeout_s is None else timeout_s)
+            self._client._wait(self._order.plan, [self._ticket], patience_s)
         return self._order.result([cast("Outcome", self._ticket.outcome)])
 
     def cancel(self) -> bool:
@@ -112,12 +121,12 @@ class AsyncJob(Generic[T]):
 
     async def result(self, timeout_s: float | None = None) -> JobResult[T]:
         """Wait for the answer: one entry an input; see ``Job.result``."""
+        patience_s = _patience_s(self._order, timeout_s)
         if self._ticket is None:
             return self._order.result([])
         if self._ticket.outcome is None:
             await self._client._link().replies.watch([self._ticket])
-            plan = self._order.plan
-            await self._client._wait(plan, [self._ticket], plan.timeout_s if timeout_s is None else timeout_s)
+            await self._client._wait(self._order.plan, [self._ticket], patience_s)
         return self._order.result([cast("Outcome", self._ticket.outcome)])
 
     async def cancel(self) -> bool:

@@ -22,7 +22,7 @@ from cortex_tasks.client.map import Window, stream
 from cortex_tasks.client.progress import Progress
 from cortex_tasks.config import FleetConfig
 from cortex_tasks.errors import BrokerUnavailable, CortexError
-from cortex_tasks.inputs import is_single
+from cortex_tasks.inputs import check_many, is_single
 from cortex_tasks.payloads import CachePolicy, Lane
 from cortex_tasks.replies import Replies
 from cortex_tasks.results import JobResult
@@ -85,8 +85,9 @@ class _Link:
 
     def why_late(self, plan: Plan, waited_s: float) -> CortexError:
         """Why no answer came in time: Redis, the queue, its workers."""
-        if self.replies.down is not None:
-            return self.replies.down
+        if (down := self.replies.down) is not None:
+            # One for each: their tracebacks are not to grow into one another.
+            return BrokerUnavailable(down.message, down.details)
         return timed_out(plan, waited_s, self.wire.depth(plan.envelope.queue), self.wire.cards())
 
     def close(self) -> None:
@@ -296,6 +297,7 @@ class Cortex:
         plan = self._link().core.plan(
             task, model=model, lane=lane, deadline_s=deadline_s, cache=cache, timeout_s=timeout_s, **params
         )
+        check_many(inputs)
         flow: Window[ThreadTicket] = Window(plan, ThreadTicket, chunk=chunk, window=window, errors=errors)
         return stream(self, flow, inputs, Progress.of(plan.spec.name, inputs, progress))
 

@@ -124,6 +124,8 @@ def test_chains_and_chords_carry_their_links(tasks: dict[str, Task], raw: Any) -
         ((["a"],), {"inputs": ["b"]}, InvalidParameter, "'inputs' was given by position and by name"),
         ((["a", ""],), {"model": "echo"}, InvalidInput, "input 1: a text is empty"),
         ((["a"] * 1_001,), {"model": "echo"}, InvalidInput, "over the model's limit of 1,000"),
+        ((None,), {"model": "echo"}, InvalidInput, "input 0: a text must be a str"),
+        ((["a"], 123), {}, InvalidParameter, "model must be an alias, not int"),
         ((["a"], "eco"), {}, UnknownModel, "did you mean 'echo'"),
         ((["a"],), {"model": "echo", "normalise": 1}, InvalidParameter, "did you mean 'normalize'"),
     ],

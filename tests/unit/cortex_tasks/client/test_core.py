@@ -7,7 +7,16 @@ from typing import Any
 
 import pytest
 
-from cortex_tasks import AsyncCortex, ConfigError, Cortex, InvalidInput, InvalidParameter, ModelError, testing
+from cortex_tasks import (
+    AsyncCortex,
+    ConfigError,
+    Cortex,
+    InvalidInput,
+    InvalidParameter,
+    ModelError,
+    UnknownTask,
+    testing,
+)
 from cortex_tasks.client.core import Core
 from cortex_tasks.testing import echo_fleet
 
@@ -59,6 +68,47 @@ def test_a_client_may_wait_for_as_long_as_its_caller_likes(timeout_s: float) -> 
 def test_a_model_that_is_no_name_is_refused(model: Any) -> None:
     with testing.fleet() as fleet, pytest.raises(InvalidParameter, match="model must be an alias, not"):
         fleet.client().embed("x", model=model)
+
+
+@pytest.mark.parametrize("task", [None, 123, b"embed", [], {}, object()])
+async def test_a_task_that_is_no_name_is_unknown(task: Any) -> None:
+    with testing.fleet() as fleet:
+        client, other = fleet.client(), fleet.aclient()
+        for call in (client.submit, client.map, other.map):
+            with pytest.raises(UnknownTask, match="a task is named by a str"):
+                call(task, ["x"])
+        with pytest.raises(UnknownTask, match="a task is named by a str"):
+            await other.submit(task, ["x"])
+        assert fleet.jobs == []
+
+
+@pytest.mark.parametrize("inputs", [None, 123, object(), b"text", "one text"])
+async def test_what_a_stream_cannot_go_through_is_refused_at_once(inputs: Any) -> None:
+    with testing.fleet() as fleet:
+        for call in (fleet.client().map, fleet.aclient().map):
+            with pytest.raises(InvalidInput, match="map takes an iterable of inputs, not"):
+                call("embed", inputs)
+
+
+@pytest.mark.parametrize("value", [b"x", [], {}, object(), "", math.nan, True])
+async def test_what_is_no_number_of_seconds_is_refused(value: Any) -> None:
+    with testing.fleet() as fleet:
+        client, other = fleet.client(), fleet.aclient()
+        for option in ("deadline_s", "timeout_s"):
+            with pytest.raises(InvalidParameter, match=f"{option} must be a number of seconds"):
+                client.embed("x", **{option: value})
+        with pytest.raises(InvalidParameter, match="timeout_s must be a number of seconds"):
+            client.submit("embed", "x").result(value)
+        with pytest.raises(InvalidParameter, match="timeout_s must be a number of seconds"):
+            await (await other.submit("embed", "x")).result(value)
+        await other.aclose()
+
+
+@pytest.mark.parametrize("option", ["lane", "cache", "deadline_s", "timeout_s", "model"])
+def test_an_array_is_no_option(option: str) -> None:
+    np = pytest.importorskip("numpy")
+    with testing.fleet() as fleet, pytest.raises(InvalidParameter, match=option):
+        fleet.client().embed("x", **{option: np.array([1, 2])})
 
 
 def test_a_series_with_a_timestamp_that_no_datetime_can_hold_fails_alone() -> None:

@@ -290,6 +290,32 @@ def test_a_cancelled_job_raises_at_once(fleet: LocalFleet) -> None:
     assert job.cancel() is False
 
 
+def test_asking_again_for_what_failed_does_not_lengthen_its_traceback(fleet: LocalFleet) -> None:
+    fleet.hold()
+    client = fleet.client()
+    job = client.submit("embed", "a")
+    job.cancel()
+    refused = client.submit("embed", [""]).result()
+
+    def depth(call: Callable[[], object]) -> int:
+        with pytest.raises(CortexError) as caught:
+            call()
+        return len(caught.traceback)
+
+    assert [depth(job.result) for _ in range(3)] == [depth(job.result)] * 3
+    assert [depth(refused.values) for _ in range(3)] == [depth(refused.values)] * 3
+
+
+def test_callers_who_find_redis_down_raise_an_error_each(fleet: LocalFleet) -> None:
+    fleet.hold()
+    link = fleet.client()._link()
+    plan = link.core.plan("embed")
+    link.replies.down = BrokerUnavailable("gone", {"url": "memory"})
+    first, second = link.why_late(plan, 1.0), link.why_late(plan, 1.0)
+    assert first is not second
+    assert (str(first), first.details, type(second)) == ("gone", {"url": "memory"}, BrokerUnavailable)
+
+
 def test_a_job_of_bad_inputs_only_never_travels(fleet: LocalFleet) -> None:
     job = fleet.client().submit("embed", ["", ""])
     assert (job.done(), job.state, len(job.result().errors), fleet.jobs) == (True, "SUCCESS", 2, [])
