@@ -17,6 +17,7 @@ from typing import Final
 from cortex_tasks import codec
 from cortex_tasks.book import FIRST_POLL_S, LONGEST_POLL_S, Book, Ticket
 from cortex_tasks.errors import BrokerUnavailable
+from cortex_tasks.quiet import Quiet
 from cortex_tasks.wire import AsyncWire, Wire
 
 __all__ = ["AsyncReplies", "Replies"]
@@ -85,7 +86,7 @@ class Replies:
     def watch(self, tickets: Iterable[Ticket]) -> None:
         """Await these jobs; call it before they are published. Raises BrokerUnavailable."""
         seen = self._failures.count
-        with self._changed:
+        with Quiet(), self._changed:
             # One may be there that the system refused to start, or that ended as no thread should.
             if self._thread is None or not self._thread.is_alive():
                 self._failures.check(seen)

@@ -31,6 +31,7 @@ from cortex_tasks.lines import AsyncLine, AsyncScriptLine, ScriptLine, outdated,
 from cortex_tasks.loop_line import Subscription, heeded
 from cortex_tasks.presence import WORKERS_KEY, WorkerCard, parse_cards, read_cards, worker_key
 from cortex_tasks.publish import PUSH_SCRIPT, Envelope, push_arguments, revoke_message
+from cortex_tasks.quiet import warn
 
 if TYPE_CHECKING:
     import redis.asyncio
@@ -163,7 +164,7 @@ def _no_permission(channel: str) -> Iterator[None]:
     try:
         yield
     except NoPermissionError:
-        _log.warning("no permission to subscribe to %s: answers will be polled for; grant &cortex:reply:*", channel)
+        warn(_log, "no permission to subscribe to %s: answers will be polled for; grant &cortex:reply:*", channel)
 
 
 @contextmanager

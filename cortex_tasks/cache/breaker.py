@@ -7,6 +7,8 @@ import time
 from collections.abc import Callable
 from typing import Final
 
+from cortex_tasks.quiet import warn
+
 __all__ = ["Breaker"]
 
 _log = logging.getLogger(__name__)
@@ -56,22 +58,24 @@ class Breaker:
         self._pause_s = 0.0
         if self._out:
             self._out = False
-            _log.warning("the cache at %s answers again", self._name)
+            warn(_log, "the cache at %s answers again", self._name)
 
     def failed(self, error: BaseException) -> None:
         """Note a failure, with one line in the log for the first of a row, and one in TELL_EVERY_S at most."""
         self.failures += 1
         now_s = self._clock()
         first = not self._pause_s
-        if (first or not self._out) and now_s - self._told_s >= TELL_EVERY_S:
-            self._tell(error)
-            self._told_s, self._untold, self._out = now_s, 0, True
-        elif first:
-            self._untold += 1
         self._pause_s = min(self._pause_s * 2, LONGEST_PAUSE_S) if self._pause_s else FIRST_PAUSE_S
         self._closed_until_s = now_s + self._pause_s
+        if (first or not self._out) and now_s - self._told_s >= TELL_EVERY_S:
+            untold = self._untold
+            self._told_s, self._untold, self._out = now_s, 0, True
+            # Last of all: a handler that asks the cache finds it skipped.
+            self._tell(error, untold)
+        elif first:
+            self._untold += 1
 
-    def _tell(self, error: BaseException) -> None:
-        before = f" (and {self._untold} times since this was last said)" if self._untold else ""
-        _log.warning("the cache at %s is skipped until it answers again: %s: %s; jobs are computed meanwhile%s",
-                     self._name, type(error).__name__, error, before)  # fmt: skip
+    def _tell(self, error: BaseException, untold: int) -> None:
+        before = f" (and {untold} times since this was last said)" if untold else ""
+        warn(_log, "the cache at %s is skipped until it answers again: %s: %s; jobs are computed meanwhile%s",
+             self._name, type(error).__name__, error, before)  # fmt: skip

@@ -16,6 +16,7 @@ from cortex_tasks.book import Ticket
 from cortex_tasks.client.core import Draft, Plan
 from cortex_tasks.client.seats import Group, LoopSeat, Pending, ThreadSeat, board, fail, grouped, together, unknown
 from cortex_tasks.errors import CortexError
+from cortex_tasks.quiet import Quiet
 
 __all__ = ["LoopCoalescer", "ThreadCoalescer"]
 
@@ -174,7 +175,8 @@ class ThreadCoalescer:
         self._link = link
         self._pending = Pending()
         self._lock = threading.Lock()
-        self._publishing = threading.Lock()
+        # Re-entrant: publishing to a fleet in this process runs its handler, which may ask for something itself.
+        self._publishing = threading.RLock()
         self._riding: set[Group] = set()
 
     def ask(self, plan: Plan, value: Any) -> Any:
@@ -182,7 +184,7 @@ class ThreadCoalescer:
         seat = ThreadSeat(value)
         with self._lock:
             self._pending.add(plan, seat)
-        with self._publishing:
+        with Quiet(), self._publishing:
             # Whoever publishes takes everyone who came meanwhile; those then find themselves taken.
             if seat.group is None and seat.outcome is None:
                 self._depart(seat)

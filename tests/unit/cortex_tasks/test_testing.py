@@ -14,6 +14,7 @@ from cortex_tasks.catalog import TASKS
 from cortex_tasks.config import FleetConfig, load_fleet
 from cortex_tasks.payloads import EmbedParams, Series
 from cortex_tasks.testing import LocalFleet, RecordedJob, echo_fleet
+from tests.support.stub_models import PATIENCE_S
 from tests.support.worker_process import QUEUES_FILE
 
 
@@ -108,6 +109,20 @@ def test_a_raising_handler_fails_the_job() -> None:
 
     with testing.fleet(handler) as fleet, pytest.raises(ModelUnavailable, match="gone"):
         fleet.client().embed("a")
+
+
+def test_a_handler_may_ask_for_something_itself() -> None:
+    def handler(task: str, model: str, inputs: Any, params: Any) -> list[dict[str, Any]]:
+        inner = len(client.embed("inner").data) if inputs == ["outer"] else 0
+        return [{"data": struct.pack("f", inner)}]
+
+    with testing.fleet(handler) as fleet:
+        client = fleet.client()
+        answered: list[Any] = []
+        asking = threading.Thread(target=lambda: answered.append(client.embed("outer")), daemon=True)
+        asking.start()
+        asking.join(PATIENCE_S)
+        assert [answer.vector.tolist() for answer in answered] == [[4.0]]
 
 
 def test_inputs_that_bypassed_the_clients_checks_are_judged_as_a_worker_would() -> None:

@@ -3,10 +3,20 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 
 import pytest
 
 from cortex_tasks.cache.breaker import LONGEST_PAUSE_S, TELL_EVERY_S, Breaker
+
+
+class FilterOf(logging.Filter):
+    def __init__(self, hear: Callable[[logging.LogRecord], bool]) -> None:
+        super().__init__()
+        self._hear = hear
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        return self._hear(record)
 
 
 class Clock:
@@ -55,6 +65,20 @@ def test_one_line_says_that_it_fails_and_one_that_it_is_back(caplog: pytest.LogC
         breaker.succeeded()
     assert [record.message.split(" ")[4:6] for record in caplog.records] == [["is", "skipped"], ["answers", "again"]]
     assert breaker.failures == 5
+
+
+def test_who_hears_of_the_failure_and_asks_again_finds_the_cache_skipped(caplog: pytest.LogCaptureFixture) -> None:
+    """A handler of the log that uses the client."""
+    breaker = Breaker("redis://host", Clock())
+    heard: list[bool] = []
+
+    def hear(record: logging.LogRecord) -> bool:
+        heard.append(breaker.allows())
+        return True
+
+    with caplog.filtering(FilterOf(hear)):
+        breaker.failed(OSError("no route"))
+    assert heard == [False]
 
 
 def test_a_cache_that_comes_and_goes_is_not_spoken_of_each_time(caplog: pytest.LogCaptureFixture) -> None:
