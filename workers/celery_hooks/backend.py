@@ -3,8 +3,9 @@
 Where broker and results are one Redis, a plain job's claim on its message ends in the same script that stores its
 answer: there is no moment at which the one has happened and the other has not.
 
-Touches ``RedisBackend._store_result`` (celery 5.7): the buffered path leaves out its GET, which keeps a late
-duplicate from overwriting a success. Ours are idempotent: a second run of a job gives the same answer.
+Touches ``RedisBackend._store_result`` (celery 5.7): the buffered path leaves out its GET before a success, since a
+second run of a job that succeeds gives the same answer. What is no success is looked up as stock does it, all of a
+batch in one round trip, so that a late duplicate that fails overwrites none.
 """
 
 from __future__ import annotations
@@ -95,6 +96,7 @@ class _Stored(NamedTuple):
     reply_to: str | None
     #: Delivery tag of the message that is acknowledged along with it; "": none is.
     tag: str = ""
+    state: str = states.SUCCESS
 
 
 class Rider(Protocol):
@@ -198,6 +200,7 @@ class BatchedRedisBackend(RedisBackend):
             return self._flush()
 
     def _flush(self) -> set[str]:
+        self._stored = self._without_late(self._stored)
         small = [entry for entry in self._stored if len(entry.payload) <= _SCRIPTED_BYTES]
         large = [entry for entry in self._stored if len(entry.payload) > _SCRIPTED_BYTES]
         self._stored = [*large, *small]
@@ -209,6 +212,20 @@ class BatchedRedisBackend(RedisBackend):
             acknowledged |= self._flush_small(call)
             del self._stored[: len(call)]
         return acknowledged
+
+    def _without_late(self, stored: list[_Stored]) -> list[_Stored]:
+        """Without the failures of jobs that another run has answered."""
+        keys = [entry.key for entry in stored if entry.state != states.SUCCESS]
+        if not keys:
+            return stored
+        late = {key for key, value in zip(keys, self.client.mget(keys), strict=True) if self._is_success(value)}
+        return [entry for entry in stored if entry.state == states.SUCCESS or entry.key not in late]
+
+    def _is_success(self, payload: Any) -> bool:
+        try:
+            return payload is not None and self.decode_result(payload)["status"] == states.SUCCESS
+        except Exception:
+            return False  # nothing that anybody could read
 
     def _flush_small(self, stored: Sequence[_Stored]) -> set[str]:
         if self._line is None:
@@ -308,7 +325,7 @@ class BatchedRedisBackend(RedisBackend):
             meta["task_id"] = task_id
             expires_s = self.failure_expires if state == states.FAILURE else self.expires
             self._stored.append(
-                _Stored(self.get_key_for_task(task_id), self.encode(meta), expires_s, task_id, reply_to)
+                _Stored(self.get_key_for_task(task_id), self.encode(meta), expires_s, task_id, reply_to, state=state)
             )
             return result
         stored = super()._store_result(task_id, result, state, traceback=traceback, request=request, **kwargs)

@@ -184,6 +184,33 @@ def test_outside_a_batch_a_late_failure_never_overwrites_a_success(backend: Batc
     assert backend.get_state("a") == states.SUCCESS
 
 
+@pytest.mark.parametrize("packed", [False, True])
+def test_nor_does_it_within_a_batch(backend: BatchedRedisBackend, client: Any, packed: bool) -> None:
+    client.set(result_key("broken"), b"\xff no result")
+    with backend.collecting():
+        store(backend, "a", result=answer(packed=packed))
+    backend.flush()
+    listener = client.pubsub()
+    listener.subscribe(result_key("a"))
+    with backend.collecting():
+        for job_id in ("a", "fresh", "broken"):
+            backend.mark_as_failure(job_id, RuntimeError("late"), request=Context({"id": job_id}))
+    backend.flush()
+    states_of = {job_id: loads(client.get(result_key(job_id)))["status"] for job_id in ("a", "fresh", "broken")}
+    assert states_of == {"a": states.SUCCESS, "fresh": states.FAILURE, "broken": states.FAILURE}
+    assert heard(listener) == []
+
+
+def test_a_success_replaces_a_failure(backend: BatchedRedisBackend, client: Any) -> None:
+    with backend.collecting():
+        backend.mark_as_failure("a", RuntimeError("a broken host"), request=Context({"id": "a"}))
+    backend.flush()
+    with backend.collecting():
+        store(backend, "a", result=answer(packed=True))
+    backend.flush()
+    assert loads(client.get(result_key("a")))["status"] == states.SUCCESS
+
+
 def test_an_answer_that_redis_would_not_take_is_an_error(
     backend: BatchedRedisBackend, client: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
