@@ -347,6 +347,9 @@ def _configure_worker(
         conf.broker_transport = register_transport()
         conf.worker_consumer = _CONSUMER
         conf.broker_transport_options = {**conf.broker_transport_options, **lease_options(wiring.fleet.delivery)}
+        if wiring.settings.pool == "stock":
+            # A place there is a process or a thread, which would stand idle.
+            conf.broker_transport_options["interactive_share"] = 0.0
     else:
         conf.broker_transport_options = {**conf.broker_transport_options, "visibility_timeout": _STOCK_VISIBILITY_S}
 

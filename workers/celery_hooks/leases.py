@@ -180,6 +180,14 @@ class LeasedQoS(kombu_redis.QoS):
                 raw, queue = malformed.split_record(record)
                 malformed.park(redis, (self.unacked_key, self.unacked_index_key), queue, tag, raw, error)
 
+    def bulk_room(self, interactive_share: float) -> int:
+        """How many more bulk messages may be held, when so large a part of all places is kept for others (a place at
+        least, if any)."""
+        # Celery makes room of its own for each job that waits for its time.
+        places: int = max(1, self.prefetch_count - len(self.scheduled))
+        kept = max(1, round(places * interactive_share)) if interactive_share else 0
+        return max(1, places - kept) - len(self.bulk)
+
     def held_tags(self) -> list[str]:
         """Delivery tags not yet acknowledged. Called by another thread than the one that changes them."""
         while True:

@@ -36,8 +36,6 @@ TRANSPORT_NAME: Final = "cortex"
 _FETCH_MAX: Final = 256
 #: Steps before the hub looks at its other sockets.
 _FETCHES_A_TURN: Final = 4
-#: Part of a worker's room that bulk messages never take, so that interactive ones find a place at once.
-_INTERACTIVE_SHARE: Final = 0.25
 #: A wait that is this much overdue sits on a dead connection.
 _OVERDUE_S: Final = 10.0
 #: How long to leave a Redis alone that refuses a command (no memory, a read-only replica, a key of another type).
@@ -56,6 +54,9 @@ class CortexChannel(kombu_redis.Channel):
 
     QoS = LeasedQoS
     Message = PlainMessage
+    from_transport_options = (*kombu_redis.Channel.from_transport_options, "interactive_share")
+    #: Part of a worker's room that bulk messages never take, so that interactive ones find a place at once.
+    interactive_share = 0.25
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -178,10 +179,7 @@ class CortexChannel(kombu_redis.Channel):
             return _FETCH_MAX, _FETCH_MAX
         promised = self._promises()
         room = max(0, room - sum([fetch.room for fetch in promised]))
-        # Celery makes room of its own for each job that waits for its time.
-        prefetch = max(1, qos.prefetch_count - len(qos.scheduled))
-        share = max(1, prefetch - max(1, round(prefetch * _INTERACTIVE_SHARE)))
-        bulk_room = max(0, share - len(qos.bulk) - sum([fetch.bulk_room for fetch in promised]))
+        bulk_room = max(0, qos.bulk_room(self.interactive_share) - sum([fetch.bulk_room for fetch in promised]))
         return min(room, _FETCH_MAX), bulk_room
 
     def _promises(self) -> list[Fetch]:

@@ -120,6 +120,17 @@ def test_renewed_leases_are_swept_often(default_fleet: FleetConfig) -> None:
 
 
 @pytest.mark.usefixtures("no_optimizations")
+def test_places_are_kept_for_interactive_jobs_only_where_a_place_is_no_process() -> None:
+    fleet = fleet_of(m={})
+    hooked, beside_stock = (
+        configured(build(settings(pool=pool), fleet), "celery@box", "m")[1].conf.broker_transport_options
+        for pool in ("cortex", "stock")
+    )
+    assert "interactive_share" not in hooked
+    assert beside_stock["interactive_share"] == 0
+
+
+@pytest.mark.usefixtures("no_optimizations")
 def test_every_hook_is_on_and_can_be_switched_back() -> None:
     fleet = fleet_of(m={})
     hooked = configured(build(settings(), fleet), "celery@box", "m")[1].conf

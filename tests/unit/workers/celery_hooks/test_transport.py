@@ -263,6 +263,24 @@ def test_a_room_too_small_to_divide_is_promised_to_nobody(redis_url: str, client
         worker.expect("a", "b")
 
 
+@pytest.mark.parametrize("places", [1, 2, 4])
+def test_bulk_fills_a_worker_without_places_of_interactive_jobs_which_overtake_it_still(
+    redis_url: str, client: Any, places: int
+) -> None:
+    """As one with a pool of Celery's own, whose places are processes."""
+    push(client, *(f"bulk {n}" for n in range(places + 1)), priority=9)
+    with consuming(redis_url, prefetch=places, interactive_share=0.0) as worker:
+        taken = [f"bulk {n}" for n in range(places)]
+        worker.expect(*taken)
+        push(client, "now")
+        worker.turn(3)
+        assert worker.names == taken
+        worker.messages[0].ack()
+        worker.expect(*taken, "now")
+        worker.messages[1].ack()
+        worker.expect(*taken, "now", f"bulk {places}")
+
+
 def test_a_script_that_redis_forgot_is_brought_again(worker: Consuming, client: Any) -> None:
     worker.turn(3)
     client.script_flush()
