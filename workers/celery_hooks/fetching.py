@@ -36,25 +36,30 @@ _READ_BYTES: Final = 65_536
 _MORE: Final = object()
 
 # KEYS: unacked hash, unacked index, lists in order of service.
-# ARGV: room, room for bulk, number of interactive lists (they come first), time of the claim (epoch s), tag prefix,
-# then the JSON-encoded queue name of each list.
+# ARGV: room, room for bulk, what interactive lists leave of the room to bulk that waits, number of interactive lists
+# (they come first), time of the claim (epoch s), tag prefix, then the JSON-encoded queue name of each list.
 # Returns a flat list: number of the list (from 0), tag, message, ...
 # pcall: a key that holds no list must not abort the script with messages popped and not recorded.
 FETCH_SCRIPT: Final = """
-local room, bulk, interactive, out = tonumber(ARGV[1]), tonumber(ARGV[2]), tonumber(ARGV[3]), {}
-local records, scores = {}, {}
+local room, bulk, left, interactive = tonumber(ARGV[1]), tonumber(ARGV[2]), tonumber(ARGV[3]), tonumber(ARGV[4])
+local out, records, scores, waiting = {}, {}, {}, 0
+for i = 3 + interactive, left > 0 and #KEYS or 0 do
+  local length = redis.pcall('LLEN', KEYS[i])
+  if type(length) == 'number' then waiting = waiting + length end
+end
+left = math.min(left, waiting)
 for i = 3, #KEYS do
   local is_bulk = i - 2 > interactive
-  local take = is_bulk and math.min(room, bulk) or room
+  local take = is_bulk and math.min(room, bulk) or room - left
   local messages = take > 0 and redis.pcall('RPOP', KEYS[i], take)
   if messages and not messages.err then
     for _, message in ipairs(messages) do
-      local tag = ARGV[5] .. #out / 3
+      local tag = ARGV[6] .. #out / 3
       room = room - 1
       if is_bulk then bulk = bulk - 1 end
       records[#records + 1] = tag
-      records[#records + 1] = '[' .. message .. ',"",' .. ARGV[i + 3] .. ']'
-      scores[#scores + 1] = ARGV[4]
+      records[#records + 1] = '[' .. message .. ',"",' .. ARGV[i + 4] .. ']'
+      scores[#scores + 1] = ARGV[5]
       scores[#scores + 1] = tag
       out[#out + 1] = i - 3
       out[#out + 1] = tag
@@ -102,6 +107,8 @@ class Fetch(NamedTuple):
     #: Messages it may take at most, and how many of them may be bulk.
     room: int
     bulk_room: int
+    #: Of the room, what is bulk's if any waits.
+    left_to_bulk: int = 0
 
     def keys(self, unacked: Sequence[str]) -> list[str]:
         """``unacked``: kombu's hash and index."""
@@ -109,7 +116,8 @@ class Fetch(NamedTuple):
 
     def arguments(self, claimed_s: float) -> list[Any]:
         """``claimed_s``: the epoch seconds at which the messages' leases begin."""
-        return [self.room, self.bulk_room, self.lists.interactive, claimed_s, self.tag_prefix, *self.lists.names]
+        rooms = (self.room, self.bulk_room, self.left_to_bulk)
+        return [*rooms, self.lists.interactive, claimed_s, self.tag_prefix, *self.lists.names]
 
     def tags(self) -> list[str]:
         """All that it may give."""

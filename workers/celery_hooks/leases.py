@@ -30,6 +30,10 @@ __all__ = ["UNACKED_KEYS", "LeaseKeeper", "LeasedQoS", "acknowledged", "flush_ac
 logger = logging.getLogger(__name__)
 
 _CHUNK: Final = 1_000
+#: After so many times a worker's places of interactive messages in a row (eight of the largest batches, as in
+#: ``batching``), and so many at least, bulk that waits gets places: half of them at most.
+_STREAK: Final = 4
+_STREAK_LEAST: Final = 8
 #: kombu's hash of unacknowledged messages, and their index by time.
 UNACKED_KEYS: Final = (kombu_redis.Channel.unacked_key, kombu_redis.Channel.unacked_index_key)
 _UNACKED, _UNACKED_INDEX = UNACKED_KEYS
@@ -55,6 +59,8 @@ class LeasedQoS(kombu_redis.QoS):
         self.settled: set[str] = set()
         #: Tags of the bulk messages that are held.
         self.bulk: set[str] = set()
+        #: Messages that were taken since the last one of bulk.
+        self.since_bulk = 0
         #: Tags of those with a time before which they do not run; they count as bulk no more.
         self.scheduled: set[str] = set()
         #: Tags of those whose jobs this process answers, connected or not.
@@ -69,6 +75,13 @@ class LeasedQoS(kombu_redis.QoS):
     def _forget(self, delivery_tag: str) -> None:
         for tags in (self.bulk, self.scheduled, self.in_hand, _orphans):
             tags.discard(delivery_tag)
+
+    def take(self, delivery_tag: str, is_bulk: bool) -> None:
+        """Note a message that the fetch script took."""
+        self.recorded.add(delivery_tag)
+        self.since_bulk = 0 if is_bulk else self.since_bulk + 1
+        if is_bulk:
+            self.bulk.add(delivery_tag)
 
     @property
     def connected(self) -> bool:
@@ -183,10 +196,21 @@ class LeasedQoS(kombu_redis.QoS):
     def bulk_room(self, interactive_share: float) -> int:
         """How many more bulk messages may be held, when so large a part of all places is kept for others (a place at
         least, if any)."""
-        # Celery makes room of its own for each job that waits for its time.
-        places: int = max(1, self.prefetch_count - len(self.scheduled))
+        places = self._places
         kept = max(1, round(places * interactive_share)) if interactive_share else 0
         return max(1, places - kept) - len(self.bulk)
+
+    def left_to_bulk(self) -> int:
+        """How many of the places that are free belong to bulk, if any waits: it must not starve."""
+        if not self.prefetch_count or self.since_bulk < max(_STREAK_LEAST, _STREAK * self._places):
+            return 0
+        return max(1, self._places // 2)
+
+    @property
+    def _places(self) -> int:
+        # Celery makes room of its own for each job that waits for its time.
+        places: int = max(1, self.prefetch_count - len(self.scheduled))
+        return places
 
     def held_tags(self) -> list[str]:
         """Delivery tags not yet acknowledged. Called by another thread than the one that changes them."""

@@ -1,8 +1,8 @@
 """Broker transport: kombu's Redis transport, that takes many messages at once and can lose none.
 
-The scripts and the waits are in ``fetching``; here is when they are used. One connection a waited-for list; lists of
-the priorities in between are looked at whenever a wait ends. Touches kombu 5.7's ``redis.Channel``,
-``MultiChannelPoller`` and its ``_in_protected_read``, ``_put_fanout``, and the hub's ``_ready`` and ``_waker``.
+The scripts and the waits are in ``fetching``; here is when they are used. One connection a list. Touches kombu
+5.7's ``redis.Channel``, ``MultiChannelPoller`` and its ``_in_protected_read``, ``_put_fanout``, and the hub's
+``_ready`` and ``_waker``.
 """
 
 from __future__ import annotations
@@ -40,8 +40,8 @@ _FETCHES_A_TURN: Final = 4
 _OVERDUE_S: Final = 10.0
 #: How long to leave a Redis alone that refuses a command (no memory, a read-only replica, a key of another type).
 _BACK_OFF_S: Final = 1.0
-#: Priorities whose lists are waited for: the first of each lane.
-_WAITED_PRIORITIES: Final = (0, 9)
+#: Priorities of Cortex' own messages, one a lane. A wait for a list of another one only looks.
+_LANES: Final = (0, 9)
 #: Orders of the queues that are kept.
 _ORDERS: Final = 64
 #: Of a worker's room, what may be promised to waits, and how much to one of them at most.
@@ -138,7 +138,8 @@ class CortexChannel(kombu_redis.Channel):
 
     def _fetch(self, room: int, bulk_room: int) -> bool:
         """Take messages and deliver them; returns whether there may be more."""
-        fetch = self._plan(room, min(bulk_room, room))
+        bulk_room = min(bulk_room, room)
+        fetch = self._plan(room, bulk_room)._replace(left_to_bulk=min(bulk_room, self.qos.left_to_bulk()))
         if not fetch.lists.of:
             return False
         if self._fetch_script is None:
@@ -188,9 +189,7 @@ class CortexChannel(kombu_redis.Channel):
     def _deliver(self, queue: str, is_bulk: bool, tag: str, raw: bytes) -> None:
         """Hand a message to its consumer. One that breaks its reading is refused: its neighbours come through."""
         qos = self.qos
-        qos.recorded.add(tag)
-        if is_bulk:
-            qos.bulk.add(tag)
+        qos.take(tag, is_bulk)
         try:
             message = read_json(raw)
             message["properties"]["delivery_tag"] = tag
@@ -222,7 +221,8 @@ class CortexChannel(kombu_redis.Channel):
         super()._update_queue_cycle()
         self._lists = {}
         queues = self.active_queues
-        self.waited = [(self._q_for_pri(queue, step), step) for step in _WAITED_PRIORITIES for queue in queues]
+        steps = sorted(self.priority_steps, key=lambda step: step not in _LANES)
+        self.waited = [(self._q_for_pri(queue, step), step) for step in steps for queue in queues]
         # A wait takes from the queues that were consumed when it began.
         self._close_waits()
         self._may_be_more = True
@@ -241,7 +241,7 @@ class CortexChannel(kombu_redis.Channel):
 
         What is promised to waits is as good as taken.
         """
-        most = self._promised_most(len(self.waited))
+        most = self._promised_most(sum(priority in _LANES for _, priority in self.waited))
         for key, priority in self._not_waited_for(bulk_room):
             if not room:
                 # The rest is promised to waits that stand. A look would end at once, again and again.
@@ -253,7 +253,7 @@ class CortexChannel(kombu_redis.Channel):
                 wait = self._waits[key] = Wait(key, connection, self._unacked)
                 loop.add_reader(wait.sock, self._on_wait_over, key)
             is_bulk = priority >= BULK_PRIORITY
-            promised = min(most, room, bulk_room) if is_bulk else min(most, room)
+            promised = min(most, room, bulk_room if is_bulk else room) if priority in _LANES else 0
             promised_bulk = promised if is_bulk else 0
             # A room too small to divide: a wait that only looks.
             wait.begin(self._plan(promised, promised_bulk) if promised else None)

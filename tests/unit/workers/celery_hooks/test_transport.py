@@ -177,7 +177,7 @@ def test_a_body_is_decoded_as_stock_does(body: str, given: dict[str, Any]) -> No
 # ----------------------------------------------------------------------------------------------- waiting
 
 
-@pytest.mark.parametrize("priority", [0, 9])
+@pytest.mark.parametrize("priority", [0, 3, 6, 9])
 def test_an_idle_worker_is_woken_by_a_push(worker: Consuming, client: Any, priority: int) -> None:
     worker.turn(3)
     push(client, "a", priority=priority)
@@ -250,13 +250,15 @@ def test_a_wait_for_interactive_messages_takes_no_bulk(redis_url: str, client: A
         assert {key: fetch and fetch.bulk_room for key, fetch in promised.items()} == {
             queue_key("q", 0): 0,
             queue_key("q", 9): 8,
+            queue_key("q", 3): None,
+            queue_key("q", 6): None,
         }
 
 
 def test_a_room_too_small_to_divide_is_promised_to_nobody(redis_url: str, client: Any) -> None:
     with consuming(redis_url, prefetch=1) as worker:
         worker.turn(3)
-        assert [wait.fetch for wait in worker.channel._waits.values()] == [None, None]
+        assert {wait.fetch for wait in worker.channel._waits.values()} == {None}
         push(client, "a", "b")
         worker.expect("a")
         worker.messages[0].ack()
@@ -279,6 +281,38 @@ def test_bulk_fills_a_worker_without_places_of_interactive_jobs_which_overtake_i
         worker.expect(*taken, "now")
         worker.messages[1].ack()
         worker.expect(*taken, "now", f"bulk {places}")
+
+
+@pytest.mark.parametrize("prefetch", [1, 2, 8, 64])
+def test_bulk_gets_a_turn_though_interactive_messages_fill_the_worker(
+    redis_url: str, client: Any, prefetch: int
+) -> None:
+    with consuming(redis_url, prefetch=prefetch) as worker:
+        push(client, *(f"bulk {n}" for n in range(2 * prefetch)), priority=9)
+        fed = 0
+        while sum(name.startswith("bulk") for name in worker.names) < 2 * prefetch:
+            assert fed < 200 * prefetch, "bulk starves"
+            if client.llen("q") < 2 * prefetch:
+                push(client, *(str(fed + n) for n in range(4 * prefetch)))
+                fed += 4 * prefetch
+            worker.turn()
+            assert recorded(client) <= prefetch
+            for one in worker.messages[-prefetch:]:
+                if not one.acknowledged:
+                    one.ack()
+        # Interactive messages keep most of the places.
+        assert len(worker.names) >= (2 + 12) * prefetch
+
+
+def test_no_place_is_left_to_bulk_that_is_not_there(redis_url: str, client: Any) -> None:
+    with consuming(redis_url, prefetch=8) as worker:
+        for round_ in range(1, 11):
+            push(client, *(str(n) for n in range(8)))
+            worker.turn_until(lambda: len(worker.messages) == 8 * round_, "all that there are places for")  # noqa: B023
+            assert recorded(client) == 8
+            for one in worker.messages[-8:]:
+                one.ack()
+        assert worker.channel.qos.left_to_bulk() == 4
 
 
 def test_a_script_that_redis_forgot_is_brought_again(worker: Consuming, client: Any) -> None:
@@ -389,14 +423,6 @@ def test_a_lease_is_never_shorter_for_a_wait(worker: Consuming, client: Any) -> 
     worker.expect("a")
     ((_, claimed_s),) = client.zrange("unacked_index", 0, -1, withscores=True)
     assert before_s <= claimed_s <= time.time() + 1.0
-
-
-def test_a_priority_in_between_is_found_when_a_wait_ends(
-    worker: Consuming, client: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    worker.turn(3)
-    push(client, "a", priority=3)
-    worker.expect("a")
 
 
 def test_a_cancelled_queue_is_left_alone(redis_url: str, client: Any) -> None:
