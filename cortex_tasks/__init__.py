@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from cortex_tasks.config import FleetConfig, load_fleet
     from cortex_tasks.errors import (
         BrokerUnavailable,
+        ClientClosed,
         ConfigError,
         CortexError,
         DeadlineExceeded,
@@ -65,6 +66,7 @@ _ROOMS: Final = {
     "config": ("FleetConfig", "load_fleet"),
     "errors": (
         "BrokerUnavailable",
+        "ClientClosed",
         "ConfigError",
         "CortexError",
         "DeadlineExceeded",
@@ -114,6 +116,7 @@ __all__ = [
     "AsyncJob",
     "BrokerUnavailable",
     "Classification",
+    "ClientClosed",
     "ConfigError",
     "Cortex",
     "CortexError",

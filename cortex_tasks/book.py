@@ -13,11 +13,11 @@ from typing import Any, Final
 from weakref import ref
 
 from cortex_tasks import codec
-from cortex_tasks.errors import CortexError, ModelError, ResultLost
+from cortex_tasks.errors import ClientClosed, CortexError, ModelError, ResultLost
 from cortex_tasks.polling import LOOK_KEYS, Round
 from cortex_tasks.results import FINAL_STATES
 
-__all__ = ["FIRST_POLL_S", "LONGEST_POLL_S", "Book", "LoopTicket", "Outcome", "ThreadTicket", "Ticket"]
+__all__ = ["FIRST_POLL_S", "LONGEST_POLL_S", "Book", "LoopTicket", "Outcome", "ThreadTicket", "Ticket", "closed"]
 
 #: How a job ended: its final result meta, or why there is none.
 Outcome = Mapping[str, Any] | CortexError
@@ -131,6 +131,13 @@ class Book:
         for ticket in tickets:
             self._awaited.pop(ticket.id, None)
 
+    def close(self) -> None:
+        """Nobody looks for these answers any more: whoever waits is told so."""
+        awaited, self._awaited = self._awaited, {}
+        for held in awaited.values():
+            if (ticket := held()) is not None:
+                ticket.settle(closed())
+
     def poll_now(self) -> None:
         """Announcements may have been missed: look for every answer at once."""
         self._next_poll, self._sweeps = 0.0, True
@@ -198,6 +205,11 @@ class Book:
         elif job_id in self._missing:
             return ResultLost("the answer was announced, but expired or was evicted before it was read; submit again")
         return None
+
+
+def closed() -> ClientClosed:
+    """For a call that is under way when its client is closed."""
+    return ClientClosed("the client was closed during this call; its jobs that were on their way go on: ask again")
 
 
 def _outcome(raw: bytes) -> Outcome | None:

@@ -16,6 +16,7 @@
     │   │   └── NoConsumer         ... because no worker consumes the queue
     │   ├── DeadlineExceeded       the job was dropped, uncomputed, past its deadline
     │   ├── JobCancelled
+    │   ├── ClientClosed           the client was closed during the call
     │   └── ResultLost             the answer expired or was evicted before it was read
     └── ModelError                 the worker could not answer
         ├── ModelUnavailable       weights or library absent; says the remedy
@@ -33,6 +34,7 @@ from typing import Any, ClassVar
 
 __all__ = [
     "BrokerUnavailable",
+    "ClientClosed",
     "ConfigError",
     "CortexError",
     "DeadlineExceeded",
@@ -164,6 +166,12 @@ class JobCancelled(DeliveryError):
 
     code = "cancelled"
     retryable = False
+
+
+class ClientClosed(DeliveryError):
+    """The client was closed during the call; a job that was on its way goes on."""
+
+    code = "client_closed"
 
 
 class ResultLost(DeliveryError):

@@ -16,6 +16,7 @@ import redis
 from hiredis import pack_command
 from redis.exceptions import NoScriptError, ReadOnlyError, RedisError, ResponseError
 
+from cortex_tasks.errors import ClientClosed
 from cortex_tasks.loop_line import Pipe
 
 __all__ = ["AsyncLine", "AsyncScriptLine", "ScriptLine", "outdated", "packed"]
@@ -131,8 +132,8 @@ class AsyncLine:
         return pipe is not None and (len(pipe) >= _UNDER_WAY or pipe.congested)
 
     async def ask(self, command: bytes, until_s: float | None = None) -> Any:
-        """The answer to a packed command. Raises what redis-py raises; what a new connection may mend is tried once
-        more. ``until_s``: of the loop's clock."""
+        """The answer to a packed command. Raises ClientClosed, and what redis-py raises; what a new connection may mend
+        is tried once more. ``until_s``: of the loop's clock."""
         if until_s is None:
             until_s = self._until_s()
         try:
@@ -169,7 +170,7 @@ class AsyncLine:
     async def _open_now(self) -> Pipe:
         async with self._opening:
             if self._closed:
-                raise redis.ConnectionError("the client was closed")
+                raise ClientClosed("the client was closed while it asked Redis")
             if self._pipe is not None and self._pipe.lost is not None:
                 lost, self._pipe = self._pipe, None
                 await lost.close()

@@ -15,7 +15,7 @@ from contextlib import contextmanager, suppress
 from typing import Final
 
 from cortex_tasks import codec
-from cortex_tasks.book import FIRST_POLL_S, LONGEST_POLL_S, Book, Ticket
+from cortex_tasks.book import FIRST_POLL_S, LONGEST_POLL_S, Book, Ticket, closed
 from cortex_tasks.errors import BrokerUnavailable
 from cortex_tasks.quiet import Quiet
 from cortex_tasks.wire import AsyncWire, Wire
@@ -84,15 +84,16 @@ class Replies:
         self.down: BrokerUnavailable | None = None
 
     def watch(self, tickets: Iterable[Ticket]) -> None:
-        """Await these jobs; call it before they are published. Raises BrokerUnavailable."""
+        """Await these jobs; call it before they are published. Raises BrokerUnavailable, ClientClosed."""
         seen = self._failures.count
         with Quiet(), self._changed:
+            if self._closed:
+                raise closed()
             # One may be there that the system refused to start, or that ended as no thread should.
             if self._thread is None or not self._thread.is_alive():
                 self._failures.check(seen)
                 with self._failures.noted():
                     self._wire.listen(self._channel)
-                self._closed = False
                 self._thread = threading.Thread(target=self._run, name="cortex-replies", daemon=True)
                 self._thread.start()
             self._book.add(tickets, self._clock())
@@ -113,9 +114,10 @@ class Replies:
             raise
 
     def close(self) -> None:
-        """End the thread."""
+        """End the thread, for good. Whoever waits is told so."""
         with self._changed:
             thread, self._closed = self._thread, True
+            self._book.close()
             self._changed.notify_all()
         if thread is not None and thread.is_alive() and thread is not threading.current_thread():
             thread.join(5)
@@ -178,6 +180,7 @@ class AsyncReplies:
         self._book = Book()
         self._starting = asyncio.Lock()
         self._failures = _Failures()
+        self._closed = False
         #: Something for the task to do before its time.
         self._news = asyncio.Event()
         #: The task sleeps until there are news.
@@ -189,10 +192,12 @@ class AsyncReplies:
         self.down: BrokerUnavailable | None = None
 
     async def watch(self, tickets: Iterable[Ticket]) -> None:
-        """Await these jobs; call it before they are published. Raises BrokerUnavailable."""
+        """Await these jobs; call it before they are published. Raises BrokerUnavailable, ClientClosed."""
         if self._task is None or self._task.done():
             seen = self._failures.count
             async with self._starting:
+                if self._closed:
+                    raise closed()
                 if self._task is None or self._task.done():
                     self._failures.check(seen)
                     with self._failures.noted():
@@ -217,7 +222,9 @@ class AsyncReplies:
             raise
 
     async def close(self) -> None:
-        """End the task."""
+        """End the task, for good. Whoever waits is told so."""
+        self._closed = True
+        self._book.close()
         task, self._task = self._task, None
         while task is not None and not task.done():
             task.cancel()
@@ -227,6 +234,10 @@ class AsyncReplies:
     async def _listen(self) -> None:
         self._lost = None
         await self._wire.listen(self._channel, self._on_heard, self._on_lost)
+        if self._closed:
+            # Meanwhile: nobody else would give this connection back.
+            await self._wire.unlisten()
+            raise closed()
 
     def _on_heard(self, jobs: Iterable[codec.Heard]) -> None:
         self._announced += self._book.heard(jobs, self._clock())

@@ -46,7 +46,7 @@ class _Link:
         #: The streams under way, and the last words of those that were left early.
         self.streams: set[object] = set()
         self._leaving: set[asyncio.Task[None]] = set()
-        self._closed = False
+        self.closed = False
 
     async def publish(self, plan: Plan, tickets: Sequence[Ticket], drafts: Sequence[Draft]) -> None:
         """Queue these jobs, all or none, and await them. Raises QueueFull, BrokerUnavailable."""
@@ -69,7 +69,7 @@ class _Link:
 
     async def look_up(self, plan: Plan, values: Sequence[Any]) -> Sequence[p.Result | None]:
         """What the cache knows of checked inputs: one entry each, or none at all. Raises nothing."""
-        if self.cache is None or plan.question is None or not values:
+        if self.cache is None or plan.question is None or not values or self.closed:
             return ()
         if plan.cache == "refresh":
             self.cache.forget(plan.question, values)
@@ -90,6 +90,19 @@ class _Link:
         """Await these no longer."""
         self.replies.forget(tickets)
 
+    async def send(self, order: Order) -> list[LoopTicket]:
+        """Publish all the jobs of an order, or none."""
+        tickets = [LoopTicket(draft.id) for draft in order.drafts]
+        await self.publish(order.plan, tickets, order.drafts)
+        return tickets
+
+    async def wait(self, plan: Plan, tickets: Sequence[LoopTicket], timeout_s: float) -> None:
+        """Until all are over. Raises what ``why_late`` says."""
+        until = time.monotonic() + timeout_s
+        for ticket in tickets:
+            if not await ticket.wait(until - time.monotonic()):
+                raise await self.why_late(plan, timeout_s)
+
     async def why_late(self, plan: Plan, waited_s: float) -> CortexError:
         """Why no answer came in time: Redis, the queue, its workers."""
         if (down := self.replies.down) is not None:
@@ -100,7 +113,7 @@ class _Link:
     async def leave(self, stream: object, unfinished: Sequence[str]) -> None:
         """A stream has ended: tell the workers to drop its jobs. Once the client is closed, nobody is told."""
         self.streams.discard(stream)
-        if unfinished and not self._closed:
+        if unfinished and not self.closed:
             # A task, for ``close`` to wait for.
             task = asyncio.create_task(self._revoke(unfinished), name="cortex-map-leave")
             self._leaving.add(task)
@@ -116,7 +129,7 @@ class _Link:
         for _ in range(_LEAVING_TURNS if self.streams else 0):
             await asyncio.sleep(0)
         await asyncio.gather(*self._leaving)
-        self._closed = True
+        self.closed = True
         await self.singles.close()
         await self.replies.close()
         await self.wire.close()
@@ -175,7 +188,7 @@ class AsyncCortex:
         await self.aclose()
 
     async def aclose(self) -> None:
-        """Give the connections back; the next call opens new ones. Jobs that are on their way are not cancelled."""
+        """Give the connections back; the next call opens new ones; see ``Cortex.close``."""
         link, self._current = self._current, None
         if link is not None:
             await link.close()
@@ -287,7 +300,7 @@ class AsyncCortex:
         sifted = plan.sift_one(inputs) if is_single(task, inputs) else plan.sift(inputs)
         order = await link.order(plan, sifted, one_job=True)
         order.check_one_job()
-        tickets = await self._send(order)
+        tickets = await link.send(order)
         return AsyncJob(self, order, tickets[0] if tickets else None)
 
     def map(
@@ -335,19 +348,7 @@ class AsyncCortex:
             known = link.nearby(plan, value)
             return known if known is not None else await link.singles.ask(plan, value)
         order = await link.order(plan, plan.sift(inputs))
-        tickets = await self._send(order)
+        tickets = await link.send(order)
         with link.replies.giving_up(tickets):
-            await self._wait(plan, tickets, plan.timeout_s)
+            await link.wait(plan, tickets, plan.timeout_s)
         return order.result([ticket.outcome for ticket in tickets if ticket.outcome is not None])
-
-    async def _send(self, order: Order) -> list[LoopTicket]:
-        """Publish all the jobs of an order, or none."""
-        tickets = [LoopTicket(draft.id) for draft in order.drafts]
-        await self._link().publish(order.plan, tickets, order.drafts)
-        return tickets
-
-    async def _wait(self, plan: Plan, tickets: Sequence[LoopTicket], timeout_s: float) -> None:
-        until = time.monotonic() + timeout_s
-        for ticket in tickets:
-            if not await ticket.wait(until - time.monotonic()):
-                raise await self._link().why_late(plan, timeout_s)

@@ -12,7 +12,7 @@ import threading
 from collections.abc import Coroutine, Sequence
 from typing import Any, Protocol
 
-from cortex_tasks.book import Ticket
+from cortex_tasks.book import Ticket, closed
 from cortex_tasks.client.core import Draft, Plan
 from cortex_tasks.client.seats import Group, LoopSeat, Pending, ThreadSeat, board, fail, grouped, together, unknown
 from cortex_tasks.errors import CortexError
@@ -151,21 +151,18 @@ class LoopCoalescer:
         group.fail(error)
 
     async def close(self) -> None:
-        """Nobody is left waiting: who still does gets a CancelledError."""
+        """Nobody is left waiting: who still does is told."""
         left = [seat for seats in self._departing for seat in seats]
         left += [seat for _, seats in self._pending.take() for seat in seats]
         for task in list(self._tasks):
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
-        for waiting in left:
-            waiting.future.cancel()
+        fail(left, closed())
         riding, self._riding = self._riding, {}
         for group, timer in riding.items():
             if timer is not None:
                 timer.cancel()
-            for seat in group.seats:
-                assert isinstance(seat, LoopSeat)
-                seat.future.cancel()
+            group.fail(closed())
 
 
 class ThreadCoalescer:

@@ -23,6 +23,7 @@ from cortex_tasks.codec import reply_channel
 from cortex_tasks.config import FleetConfig, Limits, ModelConfig, load_fleet
 from cortex_tasks.config_problems import reason
 from cortex_tasks.errors import (
+    ClientClosed,
     ConfigError,
     CortexError,
     InvalidInput,
@@ -118,11 +119,11 @@ class Order:
         """One entry an input. ``outcomes``: how each draft ended.
 
         A job that failed as a whole raises its error; where inputs travelled in several jobs it becomes the error
-        of its inputs, unless every job failed. A cancelled one always raises.
+        of its inputs, unless every job failed. A cancelled one always raises, as does a closed client.
         """
         errors = [error for outcome in outcomes if (error := _failure(outcome)) is not None]
         for error in errors:
-            if (len(errors) == len(outcomes) and not self.known) or isinstance(error, JobCancelled):
+            if (len(errors) == len(outcomes) and not self.known) or isinstance(error, JobCancelled | ClientClosed):
                 raise error
         return self.entries(outcomes)
 

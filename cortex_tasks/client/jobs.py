@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import threading
 from typing import TYPE_CHECKING, Final, Generic, Literal, TypeVar, cast
 
 from cortex_tasks import codec
 from cortex_tasks.book import LoopTicket, Outcome, ThreadTicket
 from cortex_tasks.client.core import Order
-from cortex_tasks.errors import CortexError, InvalidParameter, JobCancelled
+from cortex_tasks.errors import ClientClosed, CortexError, InvalidParameter, JobCancelled
 from cortex_tasks.publish import new_id
 from cortex_tasks.results import JobResult
 
@@ -18,8 +19,10 @@ if TYPE_CHECKING:
 __all__ = ["AsyncJob", "Job", "State"]
 
 T = TypeVar("T")
+K = TypeVar("K", LoopTicket, ThreadTicket)
 State = Literal["PENDING", "STARTED", "SUCCESS", "FAILURE", "REVOKED"]
 _STARTED: Final = frozenset({"STARTED", "RETRY"})
+_renewing: Final = threading.Lock()
 
 
 def _cancelled() -> JobCancelled:
@@ -45,94 +48,109 @@ def _state(outcome: Outcome | None, stored: bytes | None) -> State:
     return "STARTED" if status in _STARTED else cast("State", status)
 
 
-class Job(Generic[T]):
-    """A job submitted by ``Cortex.submit``. Dropping it loses interest in the answer, but does not cancel it."""
+class _Submitted(Generic[K]):
+    """What both kinds of jobs are."""
 
-    def __init__(self, client: Cortex, order: Order, ticket: ThreadTicket | None) -> None:
-        self._client = client
+    def __init__(self, order: Order, ticket: K | None) -> None:
         self._order = order
         # Every input was refused on the spot: nothing travels.
-        self._ticket = ticket
+        self._last: K | None = ticket
         #: The Celery task id.
         self.id = ticket.id if ticket else new_id()
 
     def __repr__(self) -> str:
-        return f"<Job {self._order.plan.spec.name} {self.id}>"
+        return f"<{type(self).__name__} {self._order.plan.spec.name} {self.id}>"
+
+    @property
+    def _ticket(self) -> K | None:
+        """A new one once the client was closed: that ended who waited, but not the job."""
+        ticket = self._last
+        if ticket is not None and isinstance(ticket.outcome, ClientClosed):
+            with _renewing:
+                # One for all who ask at the same time.
+                if self._last is ticket:
+                    self._last = type(ticket)(self.id)
+        return self._last
+
+    def done(self) -> bool:
+        """Whether ``result`` would return or raise at once. Asks nobody."""
+        ticket = self._ticket
+        return ticket is None or ticket.outcome is not None
+
+
+class Job(_Submitted[ThreadTicket], Generic[T]):
+    """A job submitted by ``Cortex.submit``. Dropping it loses interest in the answer, but does not cancel it."""
+
+    def __init__(self, client: Cortex, order: Order, ticket: ThreadTicket | None) -> None:
+        super().__init__(order, ticket)
+        self._client = client
 
     @property
     def state(self) -> State:
         """Celery's state. Raises BrokerUnavailable."""
-        if self._ticket is None:
+        ticket = self._ticket
+        if ticket is None:
             return "SUCCESS"
-        stored = None if self._ticket.outcome else self._client._link().wire.fetch([self.id])[0]
-        return _state(self._ticket.outcome, stored)
-
-    def done(self) -> bool:
-        """Whether ``result`` would return or raise at once. Asks nobody."""
-        return self._ticket is None or self._ticket.outcome is not None
+        stored = None if ticket.outcome else self._client._link().wire.fetch([self.id])[0]
+        return _state(ticket.outcome, stored)
 
     def result(self, timeout_s: float | None = None) -> JobResult[T]:
-        """Wait for the answer: one entry an input. May be called again after a time-out.
+        """Wait for the answer: one entry an input. May be called again after a time-out, or once the client was closed.
 
         Raises ResultTimeout (NoConsumer, when no worker consumes the queue), JobCancelled, DeadlineExceeded,
-        ModelError when the job failed as a whole, BrokerUnavailable.
+        ModelError when the job failed as a whole, BrokerUnavailable, ClientClosed.
         """
-        patience_s = _patience_s(self._order, timeout_s)
-        if self._ticket is None:
+        patience_s, ticket = _patience_s(self._order, timeout_s), self._ticket
+        if ticket is None:
             return self._order.result([])
-        if self._ticket.outcome is None:
+        if ticket.outcome is None:
             # Again, since the process may have forked or the client been closed meanwhile.
-            self._client._link().replies.watch([self._ticket])
-            self._client._wait(self._order.plan, [self._ticket], patience_s)
-        return self._order.result([cast("Outcome", self._ticket.outcome)])
+            link = self._client._link()
+            link.replies.watch([ticket])
+            link.wait(self._order.plan, [ticket], patience_s)
+        return self._order.result([cast("Outcome", ticket.outcome)])
 
     def cancel(self) -> bool:
         """Tell the workers to drop the job unless they have begun; False if it is over already."""
-        if self._ticket is None or self._ticket.outcome is not None:
+        ticket = self._ticket
+        if ticket is None or ticket.outcome is not None:
             return False
         self._client._link().wire.revoke([self.id])
-        self._ticket.settle(_cancelled())
+        ticket.settle(_cancelled())
         return True
 
 
-class AsyncJob(Generic[T]):
+class AsyncJob(_Submitted[LoopTicket], Generic[T]):
     """A job submitted by ``AsyncCortex.submit``; see ``Job``."""
 
     def __init__(self, client: AsyncCortex, order: Order, ticket: LoopTicket | None) -> None:
+        super().__init__(order, ticket)
         self._client = client
-        self._order = order
-        self._ticket = ticket
-        #: The Celery task id.
-        self.id = ticket.id if ticket else new_id()
-
-    def __repr__(self) -> str:
-        return f"<AsyncJob {self._order.plan.spec.name} {self.id}>"
 
     async def state(self) -> State:
         """Celery's state. Raises BrokerUnavailable."""
-        if self._ticket is None:
+        ticket = self._ticket
+        if ticket is None:
             return "SUCCESS"
-        stored = None if self._ticket.outcome else (await self._client._link().wire.fetch([self.id]))[0]
-        return _state(self._ticket.outcome, stored)
-
-    def done(self) -> bool:
-        """Whether ``result`` would return or raise at once. Asks nobody."""
-        return self._ticket is None or self._ticket.outcome is not None
+        stored = None if ticket.outcome else (await self._client._link().wire.fetch([self.id]))[0]
+        return _state(ticket.outcome, stored)
 
     async def result(self, timeout_s: float | None = None) -> JobResult[T]:
         """Wait for the answer: one entry an input; see ``Job.result``."""
-        patience_s = _patience_s(self._order, timeout_s)
-        if self._ticket is None:
+        patience_s, ticket = _patience_s(self._order, timeout_s), self._ticket
+        if ticket is None:
             return self._order.result([])
-        if self._ticket.outcome is None:
-            await self._client._link().replies.watch([self._ticket])
-            await self._client._wait(self._order.plan, [self._ticket], patience_s)
-        return self._order.result([cast("Outcome", self._ticket.outcome)])
+        if ticket.outcome is None:
+            link = self._client._link()
+            await link.replies.watch([ticket])
+            await link.wait(self._order.plan, [ticket], patience_s)
+        return self._order.result([cast("Outcome", ticket.outcome)])
 
     async def cancel(self) -> bool:
         """Tell the workers to drop the job unless they have begun; False if it is over already."""
-        if self._ticket is None or self._ticket.outcome is not None:
+        ticket = self._ticket
+        if ticket is None or ticket.outcome is not None:
             return False
         await self._client._link().wire.revoke([self.id])
-        self._ticket.settle(_cancelled())
+        ticket.settle(_cancelled())
         return True

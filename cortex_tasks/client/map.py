@@ -13,18 +13,21 @@ from collections.abc import AsyncIterable, AsyncIterator, Callable, Iterable, It
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final, Generic, Literal, TypeVar
 
-from cortex_tasks.book import LoopTicket, ThreadTicket, Ticket
+from cortex_tasks.book import LoopTicket, ThreadTicket, Ticket, closed
 from cortex_tasks.catalog import InputKind
 from cortex_tasks.client.core import Draft, Order, Plan, Sifted
 from cortex_tasks.client.cuts import JOB_CHARS
+from cortex_tasks.client.inlet import Inlet
 from cortex_tasks.client.progress import Progress
 from cortex_tasks.client.stretch import stretched
-from cortex_tasks.errors import InvalidParameter
+from cortex_tasks.errors import ClientClosed, InvalidParameter
 from cortex_tasks.payloads import Result
 
 if TYPE_CHECKING:
     from cortex_tasks.client.aio import AsyncCortex
+    from cortex_tasks.client.aio import _Link as AsyncLink
     from cortex_tasks.client.sync import Cortex
+    from cortex_tasks.client.sync import _Link as Link
 
 __all__ = ["Window", "astream", "stream"]
 
@@ -37,8 +40,6 @@ _LINGER_S: Final = 0.05
 #: Within so long the first chunk is mostly there. What else is answered, which takes a look at every chunk, is counted
 #: only for longer waits.
 _BRIEF_S: Final = 0.25
-#: A source that does not end when it is cancelled is cancelled anew after this.
-_CANCEL_AGAIN_S: Final = 0.05
 
 K = TypeVar("K", bound=Ticket)
 
@@ -170,11 +171,13 @@ class Window(Generic[K]):
         self.retry_at = self.clock() + retry_after_s
 
     def answers(self) -> list[Any]:
-        """Hand out the first chunk, which is done. Raises its first error where that was asked for."""
+        """Hand out the first chunk, which is done. Raises its first error where that was asked for, ClientClosed."""
         chunk = self.chunks.popleft()
         # An answer made room in the queue.
         self.retry_at = 0.0
         outcomes = [chunk.ticket.outcome] if chunk.ticket is not None and chunk.ticket.outcome is not None else []
+        if any(isinstance(outcome, ClientClosed) for outcome in outcomes):
+            raise closed()
         result = chunk.order.entries(outcomes)
         return list(result.values() if self._raise else result)
 
@@ -225,11 +228,19 @@ def _fill(client: Cortex, flow: Window[ThreadTicket], source: Iterator[Any]) -> 
     while flow.wants():
         flow.read(source)
         if flow.fresh:
-            flow.place(client._link().look_up(flow.plan, _values(flow.fresh)))
+            flow.place(_carrier(client, flow).look_up(flow.plan, _values(flow.fresh)))
         _publish(client, flow)
         if flow.chunks and flow.chunks[0].done:
             return
     _publish(client, flow)
+
+
+def _carrier(client: Cortex, flow: Window[ThreadTicket]) -> Link:
+    """What publishes for the stream: not what was opened anew since the client was closed. Raises ClientClosed."""
+    if flow.carrier is not None and flow.carrier.closed:
+        raise closed()
+    link = flow.carrier = client._link()
+    return link
 
 
 def _values(fresh: Sequence[Sifted]) -> list[Any]:
@@ -240,7 +251,7 @@ def _publish(client: Cortex, flow: Window[ThreadTicket]) -> None:
     chunks = flow.unsent()
     if not chunks:
         return
-    link = flow.carrier = client._link()
+    link = _carrier(client, flow)
     link.replies.watch([chunk.ticket for chunk in chunks if chunk.ticket is not None])
     pushed, depth = link.wire.push(flow.plan.envelope, [chunk.draft.message for chunk in chunks], partial=True)
     flow.pushed(pushed)
@@ -259,82 +270,20 @@ def _await_first(client: Cortex, flow: Window[ThreadTicket], ticket: ThreadTicke
         answered = flow.answered()
 
 
-class _Inlet:
-    """A source, read ahead by a task of its own, so that a slow one delays no answer."""
-
-    def __init__(self, inputs: Iterable[Any] | AsyncIterable[Any], ahead: int) -> None:
-        source = inputs if isinstance(inputs, AsyncIterable) else _aiter(inputs)
-        self._ahead = ahead
-        self._buffer: deque[Any] = deque()
-        self._ended = False
-        self._error: BaseException | None = None
-        self._room = asyncio.Event()
-        self._closing = False
-        #: Set while there is something to take, the source's end included.
-        self.ready = asyncio.Event()
-        self._task = asyncio.create_task(self._read(source), name="cortex-map-source")
-
-    async def _read(self, source: AsyncIterable[Any]) -> None:
-        try:
-            async for value in source:
-                self._buffer.append(value)
-                self.ready.set()
-                if self._closing:
-                    return
-                if len(self._buffer) >= self._ahead:
-                    self._room.clear()
-                    await self._room.wait()
-        except (Exception, asyncio.CancelledError) as error:
-            # The source's own error (it may have been cancelled itself): whoever reads the stream gets it.
-            self._error = error
-        finally:
-            self._ended = True
-            self.ready.set()
-
-    def fill(self, flow: Window[Any]) -> None:
-        """Give the window what is there, as far as it wants it; the source's own error last."""
-        while flow.wants() and (self._buffer or self._ended):
-            if not self._buffer:
-                flow.source_error = self._error
-            flow.add(flow.take(self._taken()))
-        if len(self._buffer) < self._ahead:
-            self._room.set()
-        if not self._buffer and not self._ended:
-            self.ready.clear()
-
-    def _taken(self) -> Iterator[Any]:
-        while self._buffer:
-            yield self._buffer.popleft()
-
-    async def close(self) -> None:
-        self._closing = True
-        while not self._task.done():
-            # Again and again: ``asyncio.wait_for`` of Python 3.11, which many a source uses, may swallow one.
-            self._task.cancel()
-            await asyncio.wait({self._task}, timeout=_CANCEL_AGAIN_S)
-
-
-async def _aiter(inputs: Iterable[Any]) -> AsyncIterator[Any]:
-    for count, value in enumerate(inputs, 1):
-        yield value
-        if count % 64 == 0:
-            await asyncio.sleep(0)
-
-
 async def astream(
     client: AsyncCortex, flow: Window[LoopTicket], inputs: Iterable[Any] | AsyncIterable[Any], progress: Progress
 ) -> AsyncIterator[Any]:
     """Drive a window with coroutines."""
     link = client._link()
     link.streams.add(flow)
-    inlet = _Inlet(inputs, flow.chunk * flow.step)
+    inlet = Inlet(inputs, flow.chunk * flow.step)
     try:
         while flow.chunks or not flow.exhausted:
-            await _something(client, flow, inlet)
+            await _something(link, flow, inlet)
             inlet.fill(flow)
             if flow.fresh:
                 flow.place(await link.look_up(flow.plan, _values(flow.fresh)))
-            await _apublish(client, flow)
+            await _apublish(link, flow)
             while flow.chunks and flow.chunks[0].done:
                 found = flow.answers()
                 progress.add(len(found))
@@ -351,7 +300,7 @@ async def astream(
             await inlet.close()
 
 
-async def _something(client: AsyncCortex, flow: Window[LoopTicket], inlet: _Inlet) -> None:
+async def _something(link: AsyncLink, flow: Window[LoopTicket], inlet: Inlet) -> None:
     """Wait until the first chunk is answered or the source has something that the window wants."""
     first = flow.chunks[0] if flow.chunks else None
     if (first is not None and first.done) or (flow.wants() and inlet.ready.is_set()):
@@ -366,10 +315,10 @@ async def _something(client: AsyncCortex, flow: Window[LoopTicket], inlet: _Inle
         return
     answered = flow.answered()
     if not await _moved(flow, first.ticket, inlet, flow.plan.timeout_s) and flow.answered() == answered:
-        raise await client._link().why_late(flow.plan, flow.plan.timeout_s)
+        raise await link.why_late(flow.plan, flow.plan.timeout_s)
 
 
-async def _moved(flow: Window[LoopTicket], ticket: LoopTicket, inlet: _Inlet, timeout_s: float) -> bool:
+async def _moved(flow: Window[LoopTicket], ticket: LoopTicket, inlet: Inlet, timeout_s: float) -> bool:
     if flow.wants():
         return await _either(ticket, inlet.ready, timeout_s)
     return await ticket.wait(timeout_s)
@@ -388,11 +337,10 @@ async def _either(ticket: LoopTicket, ready: asyncio.Event, timeout_s: float) ->
             wait.cancel()
 
 
-async def _apublish(client: AsyncCortex, flow: Window[LoopTicket]) -> None:
+async def _apublish(link: AsyncLink, flow: Window[LoopTicket]) -> None:
     chunks = flow.unsent()
     if not chunks:
         return
-    link = client._link()
     await link.replies.watch([chunk.ticket for chunk in chunks if chunk.ticket is not None])
     pushed, depth = await link.wire.push(flow.plan.envelope, [chunk.draft.message for chunk in chunks], partial=True)
     flow.pushed(pushed)

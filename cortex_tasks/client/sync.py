@@ -43,6 +43,7 @@ class _Link:
         core.shelf = cache.shelf if cache is not None else None
         self.replies = Replies(wire, core.channel)
         self.singles = ThreadCoalescer(self)
+        self.closed = False
 
     def publish(self, plan: Plan, tickets: Sequence[Ticket], drafts: Sequence[Draft]) -> None:
         """Queue these jobs, all or none, and await them. Raises QueueFull, BrokerUnavailable."""
@@ -62,7 +63,7 @@ class _Link:
 
     def look_up(self, plan: Plan, values: Sequence[Any]) -> Sequence[p.Result | None]:
         """What the cache knows of checked inputs: one entry each, or none at all. Raises nothing."""
-        if self.cache is None or plan.question is None or not values:
+        if self.cache is None or plan.question is None or not values or self.closed:
             return ()
         if plan.cache == "refresh":
             self.cache.forget(plan.question, values)
@@ -83,6 +84,19 @@ class _Link:
         """Await these no longer."""
         self.replies.forget(tickets)
 
+    def send(self, order: Order) -> list[ThreadTicket]:
+        """Publish all the jobs of an order, or none."""
+        tickets = [ThreadTicket(draft.id) for draft in order.drafts]
+        self.publish(order.plan, tickets, order.drafts)
+        return tickets
+
+    def wait(self, plan: Plan, tickets: Sequence[ThreadTicket], timeout_s: float) -> None:
+        """Until all are over. Raises what ``why_late`` says."""
+        until = time.monotonic() + timeout_s
+        for ticket in tickets:
+            if not ticket.wait(until - time.monotonic()):
+                raise self.why_late(plan, timeout_s)
+
     def why_late(self, plan: Plan, waited_s: float) -> CortexError:
         """Why no answer came in time: Redis, the queue, its workers."""
         if (down := self.replies.down) is not None:
@@ -91,6 +105,7 @@ class _Link:
         return timed_out(plan, waited_s, self.wire.depth(plan.envelope.queue), self.wire.cards())
 
     def close(self) -> None:
+        self.closed = True
         self.replies.close()
         self.wire.close()
         if self.cache is not None:
@@ -156,7 +171,10 @@ class Cortex:
         self.close()
 
     def close(self) -> None:
-        """Give the connections back; the next call opens new ones. Jobs that are on their way are not cancelled."""
+        """Give the connections back; the next call opens new ones.
+
+        Jobs that are on their way are not cancelled; calls that wait for them raise ClientClosed.
+        """
         with self._lock:
             link, self._current = self._current, None
         if link is not None:
@@ -268,7 +286,7 @@ class Cortex:
         sifted = plan.sift_one(inputs) if is_single(task, inputs) else plan.sift(inputs)
         order = link.order(plan, sifted, one_job=True)
         order.check_one_job()
-        tickets = self._send(order)
+        tickets = link.send(order)
         return Job(self, order, tickets[0] if tickets else None)
 
     def map(
@@ -327,22 +345,10 @@ class Cortex:
             known = link.nearby(plan, value)
             return known if known is not None else link.singles.ask(plan, value)
         order = link.order(plan, plan.sift(inputs))
-        tickets = self._send(order)
+        tickets = link.send(order)
         with link.replies.giving_up(tickets):
-            self._wait(plan, tickets, plan.timeout_s)
+            link.wait(plan, tickets, plan.timeout_s)
         return order.result([ticket.outcome for ticket in tickets if ticket.outcome is not None])
-
-    def _send(self, order: Order) -> list[ThreadTicket]:
-        """Publish all the jobs of an order, or none."""
-        tickets = [ThreadTicket(draft.id) for draft in order.drafts]
-        self._link().publish(order.plan, tickets, order.drafts)
-        return tickets
-
-    def _wait(self, plan: Plan, tickets: Sequence[ThreadTicket], timeout_s: float) -> None:
-        until = time.monotonic() + timeout_s
-        for ticket in tickets:
-            if not ticket.wait(until - time.monotonic()):
-                raise self._link().why_late(plan, timeout_s)
 
 
 #: Who has to forget the parent's connections in a forked child.

@@ -26,7 +26,8 @@ SURFACE = {
     "Anomalies", "Anomaly", "Classification", "Decomposition", "Document", "Embedding", "Entity", "Features", "Fill",
     "FilledMask", "Forecast", "LabelScore", "Series", "Span", "Timings", "Token",
     # errors
-    "BrokerUnavailable", "ConfigError", "CortexError", "DeadlineExceeded", "DeliveryError", "InferenceFailed",
+    "BrokerUnavailable", "ClientClosed", "ConfigError", "CortexError", "DeadlineExceeded", "DeliveryError",
+    "InferenceFailed",
     "InvalidInput", "InvalidParameter", "JobCancelled", "ModelError", "ModelUnavailable", "NoConsumer", "PoisonJob",
     "QueueFull", "RequestError", "ResultLost", "ResultTimeout", "UnknownModel", "UnknownTask",
 }  # fmt: skip

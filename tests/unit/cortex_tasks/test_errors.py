@@ -80,7 +80,7 @@ def test_the_bases_that_users_catch() -> None:
 def test_what_may_succeed_later_says_so() -> None:
     retryable = {cls.__name__ for cls in TREE if cls.retryable}
     assert "ModelUnavailable" in retryable
-    assert {"BrokerUnavailable", "QueueFull", "ResultLost", "ResultTimeout"} <= retryable
+    assert {"BrokerUnavailable", "ClientClosed", "QueueFull", "ResultLost", "ResultTimeout"} <= retryable
     assert not retryable & {"DeadlineExceeded", "JobCancelled", "PoisonJob", "InvalidInput", "ConfigError"}
 
 

@@ -13,6 +13,7 @@ import pytest
 import redis
 import redis.asyncio
 
+from cortex_tasks.errors import ClientClosed
 from cortex_tasks.lines import AsyncScriptLine, ScriptLine
 from tests.support.failover import Failover
 from tests.support.redis_server import RedisServer, free_port
@@ -163,7 +164,7 @@ async def test_async_it_returns_what_the_script_returns(async_client: Any, clien
     client.delete("n")
     assert await line.run(["n"], ["f"]) == b"f"
     await line.close()
-    with pytest.raises(redis.ConnectionError, match="closed"):
+    with pytest.raises(ClientClosed, match="closed"):
         await line.run(["n"], ["g"])
 
 
@@ -173,7 +174,7 @@ async def test_async_a_line_that_is_closed_meanwhile_opens_no_connection(async_c
     asked = asyncio.create_task(line.run([], ["b", 100_000]))
     await asyncio.sleep(0.02)
     await line.close()
-    with pytest.raises(redis.ConnectionError, match="closed"):
+    with pytest.raises(ClientClosed, match="closed"):
         await asked
     assert line._pipe is None
 

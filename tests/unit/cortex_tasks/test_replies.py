@@ -13,7 +13,7 @@ import pytest
 from cortex_tasks import codec
 from cortex_tasks.book import LoopTicket, ThreadTicket, Ticket
 from cortex_tasks.codec import Heard
-from cortex_tasks.errors import BrokerUnavailable
+from cortex_tasks.errors import BrokerUnavailable, ClientClosed
 from cortex_tasks.replies import FETCH_KEYS, AsyncReplies, Replies
 from tests.support.worker_process import poll_until
 
@@ -214,15 +214,26 @@ async def test_coroutines_that_wait_meanwhile_are_told_so_too(wire: FakeWire) ->
     assert len(tries) == 2
 
 
-def test_a_closed_one_starts_again_when_needed(wire: FakeWire) -> None:
+def test_a_closed_one_leaves_nobody_waiting_and_takes_nobody_more(wire: FakeWire) -> None:
     replies = Replies(wire, "me")  # type: ignore[arg-type]
-    for job_id in "ab":
-        ticket = ThreadTicket(job_id)
-        wire.stored[job_id] = DONE
-        replies.watch([ticket])
-        assert ticket.wait(5)
-        replies.close()
-    assert (wire.listened, wire.unlistened) == (2, 2)
+    replies.watch([ticket := ThreadTicket("a")])
+    replies.close()
+    assert ticket.wait(5)
+    assert isinstance(ticket.outcome, ClientClosed)
+    with pytest.raises(ClientClosed):
+        replies.watch([ThreadTicket("b")])
+    assert (wire.listened, wire.unlistened, replies._thread) == (1, 1, None)
+
+
+async def test_a_closed_task_leaves_nobody_waiting_and_takes_nobody_more(wire: FakeWire) -> None:
+    replies = AsyncReplies(FakeAsyncWire(wire), "me")  # type: ignore[arg-type]
+    await replies.watch([ticket := LoopTicket("a")])
+    await replies.close()
+    assert await ticket.wait(5)
+    assert isinstance(ticket.outcome, ClientClosed)
+    with pytest.raises(ClientClosed):
+        await replies.watch([LoopTicket("b")])
+    assert wire.listened == 1
 
 
 def test_a_thread_that_the_system_refused_is_started_by_the_next_call(
@@ -231,12 +242,13 @@ def test_a_thread_that_the_system_refused_is_started_by_the_next_call(
     def refuse(thread: threading.Thread) -> None:
         raise RuntimeError("can't start new thread")
 
-    replies = Replies(wire, "me")  # type: ignore[arg-type]
+    replies, other = Replies(wire, "me"), Replies(wire, "other")  # type: ignore[arg-type]
     with monkeypatch.context() as patched:
         patched.setattr(threading.Thread, "start", refuse)
-        with pytest.raises(RuntimeError):
-            replies.watch([ThreadTicket("refused")])
-        replies.close()
+        for one in (replies, other):
+            with pytest.raises(RuntimeError):
+                one.watch([ThreadTicket("refused")])
+    other.close()
     wire.stored["a"] = DONE
     replies.watch([ticket := ThreadTicket("a")])
     assert ticket.wait(1.0)

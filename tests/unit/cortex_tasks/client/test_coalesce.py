@@ -12,6 +12,7 @@ import pytest
 
 from cortex_tasks import (
     BrokerUnavailable,
+    ClientClosed,
     CortexError,
     InferenceFailed,
     InvalidInput,
@@ -151,7 +152,7 @@ async def test_closing_leaves_nobody_waiting(fleet: LocalFleet) -> None:
     while not fleet.jobs:
         await asyncio.sleep(0)
     await client.aclose()
-    with pytest.raises(asyncio.CancelledError):
+    with pytest.raises(ClientClosed):
         await call
 
 

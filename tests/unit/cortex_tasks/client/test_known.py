@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from cortex_tasks import AsyncCortex, Cortex, ModelUnavailable, testing
+from cortex_tasks import AsyncCortex, ClientClosed, Cortex, ModelUnavailable, testing
 from cortex_tasks.cache import Shelf
 from cortex_tasks.client.core import Core
 from cortex_tasks.config import FleetConfig
@@ -169,7 +169,7 @@ def test_ctrl_c_during_a_look_leaves_other_threads_with_their_answers(client: Co
         assert all(isinstance(other.result(PATIENCE_S), Embedding) for other in others)
 
 
-async def test_coroutines_share_a_look_and_closing_during_it_cancels_them(fleet: testing.LocalFleet) -> None:
+async def test_coroutines_share_a_look_and_closing_during_it_tells_them(fleet: testing.LocalFleet) -> None:
     cache: Any = AsyncKnowing()
     client = AsyncCortex.__new__(AsyncCortex)
     client._set_up(lambda: AsyncMemoryWire(fleet), lambda: Core(cached(fleet.fleet), 5.0), "memory", lambda: cache)
@@ -183,4 +183,4 @@ async def test_coroutines_share_a_look_and_closing_during_it_cancels_them(fleet:
     await asyncio.sleep(0)
     await client.aclose()
     ended = await asyncio.gather(*waiting, return_exceptions=True)
-    assert all(isinstance(error, asyncio.CancelledError) for error in ended)
+    assert all(isinstance(error, ClientClosed) for error in ended)
