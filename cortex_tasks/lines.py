@@ -186,6 +186,12 @@ class AsyncLine:
         if pipe is not None:
             await pipe.close()
 
+    def drop(self) -> None:
+        """``close``, where the event loop was closed before."""
+        self._closed = True
+        if self._pipe is not None:
+            self._pipe.drop()
+
 
 class AsyncScriptLine(AsyncLine):
     """One script over an ``AsyncLine``."""

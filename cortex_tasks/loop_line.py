@@ -4,22 +4,23 @@ redis-py opens and closes it: TLS, passwords, time-outs are its own. What it doe
 future, another turn of the loop, a dozen coroutines on top of each other, a time-out) costs several times what the
 reply does, and on an idle machine, whose caches have forgotten it, a tenth of a millisecond (docs/performance.md).
 
-Touches ``_writer`` and ``_parser`` of redis-py's asynchronous connection.
+Touches ``_writer``, ``_reader`` and ``_parser`` of redis-py's asynchronous connection and the lists of its pool; of
+asyncio's transports, where their event loop was closed, their socket.
 """
 
 from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
 from typing import Any, Final, Self
 
 import hiredis
 import redis
 from redis.exceptions import InvalidResponse
 
-__all__ = ["LoopLine", "Pipe", "Subscription", "heeded"]
+__all__ = ["LoopLine", "Pipe", "Subscription", "abandoned", "drop", "heeded", "pooled"]
 
 _MORE: Final = object()
 _PING: Final = b"*1\r\n$4\r\nPING\r\n"
@@ -35,6 +36,34 @@ def heeded() -> Iterator[None]:
     yield
     if task.cancelling() > before:
         raise asyncio.CancelledError
+
+
+def pooled(client: Any) -> list[Any]:
+    """The connections of a ``redis.asyncio`` client."""
+    pool = client.connection_pool
+    return [*pool._available_connections, *pool._in_use_connections]
+
+
+def drop(connections: Iterable[Any]) -> None:
+    """Close connections whose event loop was closed: asyncio, which would ask that loop, can not any more."""
+    for connection in connections:
+        writer, connection._writer, connection._reader = connection._writer, None, None
+        if writer is None:
+            continue
+        transport = writer.transport
+        # What TLS runs over.
+        carrier = getattr(getattr(transport, "_ssl_protocol", None), "_transport", None) or transport
+        with suppress(RuntimeError):
+            transport.abort()
+        # Other loops than asyncio's own take their sockets with them.
+        if (sock := getattr(carrier, "_sock", None)) is not None:
+            carrier._sock = None
+            sock.close()
+
+
+def abandoned(task: asyncio.Task[Any]) -> None:
+    """Of a loop that was closed before the task's end: it is known of, and nobody need be warned."""
+    task._log_destroy_pending = False  # type: ignore[attr-defined]
 
 
 class LoopLine(asyncio.Protocol):
@@ -86,6 +115,10 @@ class LoopLine(asyncio.Protocol):
 
     async def close(self) -> None:
         await self._connection.disconnect()
+
+    def drop(self) -> None:
+        """See ``drop``."""
+        drop([self._connection])
 
     # ------------------------------------------------------------------------- what a subclass hears
 

@@ -17,6 +17,7 @@ from typing import Final
 from cortex_tasks import codec
 from cortex_tasks.book import FIRST_POLL_S, LONGEST_POLL_S, Book, Ticket, closed
 from cortex_tasks.errors import BrokerUnavailable
+from cortex_tasks.loop_line import abandoned
 from cortex_tasks.quiet import Quiet
 from cortex_tasks.wire import AsyncWire, Wire
 
@@ -230,6 +231,12 @@ class AsyncReplies:
             task.cancel()
             # Python 3.11's wait_for, which redis-py uses, loses a cancellation that comes as what it awaits is done.
             await asyncio.wait({task}, timeout=FIRST_POLL_S)
+
+    def drop(self) -> None:
+        """``close``, where the event loop was closed before: nobody is there to wait."""
+        self._closed = True
+        if self._task is not None:
+            abandoned(self._task)
 
     async def _listen(self) -> None:
         self._lost = None

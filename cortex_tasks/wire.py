@@ -28,7 +28,7 @@ from cortex_tasks.codec import Heard, queue_keys, read_reply, result_key
 from cortex_tasks.config import Settings, mask_url
 from cortex_tasks.errors import BrokerUnavailable, ConfigError
 from cortex_tasks.lines import AsyncLine, AsyncScriptLine, ScriptLine, outdated, packed
-from cortex_tasks.loop_line import Subscription, heeded
+from cortex_tasks.loop_line import Subscription, drop, heeded, pooled
 from cortex_tasks.presence import WORKERS_KEY, WorkerCard, parse_cards, read_cards, worker_key
 from cortex_tasks.publish import PUSH_SCRIPT, Envelope, push_arguments, revoke_message
 from cortex_tasks.quiet import warn
@@ -100,6 +100,8 @@ class AsyncWire(Protocol):
     async def cards(self) -> list[WorkerCard]: ...
     async def depth(self, queue: str) -> int: ...
     async def close(self) -> None: ...
+    def drop(self) -> None:
+        """``close``, where the event loop was closed before."""
 
 
 #: How Redis says no: redis-py's class, the word in its text (a script's error has no class of its own before Redis 7),
@@ -349,3 +351,10 @@ class AsyncRedisWire:
         for client in (self._broker, self._publisher, self._listener):
             await client.aclose()
             await client.connection_pool.disconnect()
+
+    def drop(self) -> None:
+        for line in (self._subscription, self._line, self._results):
+            if line is not None:
+                line.drop()
+        for client in (self._broker, self._publisher, self._listener):
+            drop(pooled(client))

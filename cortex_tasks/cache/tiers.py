@@ -15,7 +15,7 @@ from redis.exceptions import RedisError
 from cortex_tasks.cache.breaker import Breaker
 from cortex_tasks.cache.counters import Counters, Counts, refused, tell
 from cortex_tasks.cache.shelf import SEARCH_INPUTS, Question, Search, Shelf
-from cortex_tasks.loop_line import heeded
+from cortex_tasks.loop_line import drop, heeded, pooled
 from cortex_tasks.payloads import Result
 from cortex_tasks.settings import Settings, mask_url
 
@@ -200,3 +200,8 @@ class AsyncCache:
         for client in (self._quick, self._bulk):
             await client.aclose()
             await client.connection_pool.disconnect()
+
+    def drop(self) -> None:
+        """``close``, where the event loop was closed before: nothing is told."""
+        for client in (self._quick, self._bulk):
+            drop(pooled(client))

@@ -125,6 +125,27 @@ class _Link:
             await self.wire.revoke(job_ids)
 
     async def close(self) -> None:
+        """From whatever event loop: the link's own may be over, at work in another thread, or at rest."""
+        own = self.loop
+        if own is asyncio.get_running_loop():
+            await self._close()
+        elif own.is_closed():
+            self._drop()
+        elif own.is_running():
+            await asyncio.wrap_future(asyncio.run_coroutine_threadsafe(self._close(), own))
+        else:
+            await asyncio.to_thread(own.run_until_complete, self._close())
+
+    def _drop(self) -> None:
+        """Nothing that belongs to the loop can be awaited any more."""
+        self.closed = True
+        self.singles.drop()
+        self.replies.drop()
+        self.wire.drop()
+        if self.cache is not None:
+            self.cache.drop()
+
+    async def _close(self) -> None:
         # A stream that was left by ``break`` comes to its end a few turns of the loop later.
         for _ in range(_LEAVING_TURNS if self.streams else 0):
             await asyncio.sleep(0)

@@ -16,6 +16,7 @@ from cortex_tasks.book import Ticket, closed
 from cortex_tasks.client.core import Draft, Plan
 from cortex_tasks.client.seats import Group, LoopSeat, Pending, ThreadSeat, board, fail, grouped, together, unknown
 from cortex_tasks.errors import CortexError
+from cortex_tasks.loop_line import abandoned
 from cortex_tasks.quiet import Quiet
 
 __all__ = ["LoopCoalescer", "ThreadCoalescer"]
@@ -163,6 +164,11 @@ class LoopCoalescer:
             if timer is not None:
                 timer.cancel()
             group.fail(closed())
+
+    def drop(self) -> None:
+        """``close``, where the event loop was closed before: nobody is there to wait."""
+        for task in self._tasks:
+            abandoned(task)
 
 
 class ThreadCoalescer:

@@ -91,4 +91,7 @@ class AsyncMemoryWire:
         return self._fleet.depth(queue)
 
     async def close(self) -> None:
-        await self.unlisten()
+        self.drop()
+
+    def drop(self) -> None:
+        self._fleet.unlisten(self._channel)

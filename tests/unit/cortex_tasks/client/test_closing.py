@@ -3,19 +3,27 @@
 from __future__ import annotations
 
 import asyncio
+import gc
+import shutil
 import threading
 from collections.abc import Awaitable, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import pytest
+import redis
 
-from cortex_tasks import AsyncCortex, ClientClosed, Cortex, testing
+from cortex_tasks import AsyncCortex, ClientClosed, Cortex, ResultTimeout, testing
 from cortex_tasks.book import closed
 from cortex_tasks.client.core import Core
+from cortex_tasks.config import FleetConfig
 from cortex_tasks.testing import LocalFleet, echo_fleet
 from cortex_tasks.testing.wires import AsyncMemoryWire
+from tests.support.fake_worker import FakeWorker
+from tests.support.redis_server import RedisServer
 from tests.support.stub_models import PATIENCE_S
+from tests.support.tls_proxy import TlsProxy, make_certificate
 from tests.support.worker_process import poll_until
 
 TEXTS = [f"text {number}" for number in range(600)]
@@ -183,3 +191,89 @@ def test_the_next_call_opens_new_connections(fleet: LocalFleet) -> None:
         assert client.embed("x").model == "minilm"
         client.close()
     assert fleet._listeners == {}
+
+
+# --------------------------------------------------------------------------------- from another event loop
+
+
+async def use(client: AsyncCortex) -> None:
+    """It leaves connections of every kind, and an answer that is still awaited."""
+    await client.embed("x", model="echo")
+    await client.embed(["x", "y"], model="echo")
+    with pytest.raises(ResultTimeout):
+        await client.embed("never", model="orphan", timeout_s=0.01)
+    job = await client.submit("embed", "never", "orphan")
+    assert await job.state() == "PENDING"
+
+
+def after_a_loop_that_ended(client: AsyncCortex) -> None:
+    asyncio.run(use(client))
+    asyncio.run(client.aclose())
+
+
+def after_a_loop_that_was_closed_over_its_tasks(client: AsyncCortex) -> None:
+    loop = asyncio.new_event_loop()
+    loop.run_until_complete(use(client))
+    loop.close()
+    asyncio.run(client.aclose())
+
+
+def beside_a_loop_at_rest(client: AsyncCortex) -> None:
+    loop = asyncio.new_event_loop()
+    loop.run_until_complete(use(client))
+    asyncio.run(asyncio.wait_for(client.aclose(), PATIENCE_S))
+    loop.close()
+
+
+def beside_a_loop_of_another_thread(client: AsyncCortex) -> None:
+    loop = asyncio.new_event_loop()
+    thread = threading.Thread(target=loop.run_forever)
+    thread.start()
+    try:
+        asyncio.run_coroutine_threadsafe(use(client), loop).result(PATIENCE_S)
+        asyncio.run(asyncio.wait_for(client.aclose(), PATIENCE_S))
+    finally:
+        loop.call_soon_threadsafe(loop.stop)
+        thread.join()
+        loop.close()
+
+
+@pytest.fixture(params=["plain", "tls"])
+def url(request: pytest.FixtureRequest, redis_server: RedisServer, redis_url: str, tmp_path: Path) -> Iterator[str]:
+    if request.param == "plain":
+        yield redis_url
+        return
+    if shutil.which("openssl") is None:
+        pytest.skip("no openssl command to make a certificate with")
+    certificate, key = make_certificate(tmp_path)
+    with TlsProxy(redis_server.port, certificate, key) as proxy:
+        yield f"rediss://127.0.0.1:{proxy.port}/0?ssl_ca_certs={certificate}"
+
+
+@pytest.mark.parametrize(
+    "closing",
+    [
+        after_a_loop_that_ended,
+        after_a_loop_that_was_closed_over_its_tasks,
+        beside_a_loop_at_rest,
+        beside_a_loop_of_another_thread,
+    ],
+)
+@pytest.mark.filterwarnings("error::ResourceWarning", "error::pytest.PytestUnraisableExceptionWarning")
+def test_another_event_loop_may_close_it(
+    redis_url: str, url: str, echo_fleet: FleetConfig, caplog: pytest.LogCaptureFixture,
+    closing: Callable[[AsyncCortex], None],
+) -> None:  # fmt: skip
+    models = {alias: model.model_copy(update={"cache": "always"}) for alias, model in echo_fleet.models.items()}
+    client = AsyncCortex(url, fleet=echo_fleet.model_copy(update={"models": models}), timeout_s=PATIENCE_S)
+    with redis.Redis.from_url(redis_url) as raw, FakeWorker(redis_url):
+        connections = raw.info("clients")["connected_clients"]
+        closing(client)
+        # While the client is still held: nothing is left to the garbage collection.
+        poll_until(lambda: raw.info("clients")["connected_clients"] <= connections, "its connections are closed")
+        again = asyncio.run(client.embed("x", model="echo"))
+        asyncio.run(client.aclose())
+        del client
+        gc.collect()
+    assert again.model == "echo"
+    assert "was destroyed" not in caplog.text
