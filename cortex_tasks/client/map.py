@@ -170,6 +170,10 @@ class Window(Generic[K]):
         """The queue was full: publish nothing for so long."""
         self.retry_at = self.clock() + retry_after_s
 
+    def pause_s(self) -> float:
+        """How long to wait for room before another look: briefly, since the client may be closed meanwhile."""
+        return min(_BRIEF_S, max(0.0, self.retry_at - self.clock()))
+
     def answers(self) -> list[Any]:
         """Hand out the first chunk, which is done. Raises its first error where that was asked for, ClientClosed."""
         chunk = self.chunks.popleft()
@@ -210,7 +214,8 @@ def stream(client: Cortex, flow: Window[ThreadTicket], inputs: Iterable[Any], pr
                 return
             first = flow.chunks[0]
             if not first.sent:
-                time.sleep(max(0.0, flow.retry_at - flow.clock()))
+                time.sleep(flow.pause_s())
+                _carrier(client, flow)
                 continue
             if first.ticket is not None:
                 _await_first(client, flow, first.ticket)
@@ -309,7 +314,9 @@ async def _something(link: AsyncLink, flow: Window[LoopTicket], inlet: Inlet) ->
         await inlet.ready.wait()
         return
     if not first.sent:
-        await asyncio.sleep(max(0.0, flow.retry_at - flow.clock()))
+        await asyncio.sleep(flow.pause_s())
+        if link.closed:
+            raise closed()
         return
     if flow.plan.timeout_s > _BRIEF_S and await _moved(flow, first.ticket, inlet, _BRIEF_S):
         return

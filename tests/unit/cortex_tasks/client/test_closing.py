@@ -18,7 +18,7 @@ from cortex_tasks import AsyncCortex, ClientClosed, Cortex, ResultTimeout, testi
 from cortex_tasks.book import closed
 from cortex_tasks.client.core import Core
 from cortex_tasks.config import FleetConfig
-from cortex_tasks.testing import LocalFleet, echo_fleet
+from cortex_tasks.testing import LocalFleet, echo_fleet, local
 from cortex_tasks.testing.wires import AsyncMemoryWire
 from tests.support.fake_worker import FakeWorker
 from tests.support.redis_server import RedisServer
@@ -148,6 +148,40 @@ async def test_an_async_stream_whose_client_was_closed_opens_nothing_anew(fleet:
     with pytest.raises(ClientClosed):
         _ = [item async for item in stream]
     assert client._current is None
+
+
+@pytest.fixture
+def full(monkeypatch: pytest.MonkeyPatch) -> Iterator[LocalFleet]:
+    """Its queue takes one job, and says to come again in a minute."""
+    monkeypatch.setattr(local, "_ITEMS_PER_S", 1e-3)
+    config = echo_fleet()
+    limits = config.models["minilm"].limits.model_copy(update={"queue_jobs": 1})
+    model = config.models["minilm"].model_copy(update={"limits": limits})
+    with testing.fleet(fleet=config.model_copy(update={"models": {**config.models, "minilm": model}})) as fleet:
+        fleet.hold()
+        fleet.client().submit("embed", "x")
+        yield fleet
+
+
+def test_a_stream_that_waits_for_a_full_queue_hears_of_it_too(full: LocalFleet) -> None:
+    client = full.client()
+    with ThreadPoolExecutor(1) as threads:
+        waiting = threads.submit(CALLS["map"], client)
+        poll_until(lambda: full.refused, "a refusal")
+        client.close()
+        with pytest.raises(ClientClosed):
+            waiting.result(PATIENCE_S)
+
+
+async def test_an_async_stream_that_waits_for_a_full_queue_hears_of_it_too(full: LocalFleet) -> None:
+    client = full.aclient()
+    waiting = asyncio.ensure_future(ASYNC_CALLS["map"](client))
+    async with asyncio.timeout(PATIENCE_S):
+        while not full.refused:
+            await asyncio.sleep(0)
+    await client.aclose()
+    with pytest.raises(ClientClosed):
+        await asyncio.wait_for(waiting, PATIENCE_S)
 
 
 def test_a_call_that_has_just_begun_hears_of_it_too(fleet: LocalFleet, monkeypatch: pytest.MonkeyPatch) -> None:
