@@ -317,9 +317,8 @@ class BatchedRedisBackend(RedisBackend):
         **kwargs: Any,
     ) -> Any:
         reply_to = getattr(request, "reply_to", None)
-        # A chord's or group's part is read back at once by the join: never hold it back.
-        # (Celery's stand-in for the request of an unknown task has no group.)
-        part = request is not None and (request.chord or getattr(request, "group", None))
+        # The body of a chord may be sent as soon as its last part is stored, and may ask for the parts: hold none back.
+        part = request is not None and request.chord
         if self._collecting and not part and state in states.READY_STATES:
             meta = self._get_result_meta(result=result, state=state, traceback=traceback, request=request)
             meta["task_id"] = task_id
