@@ -2,8 +2,9 @@
 
 Items wait in two lanes. The head is the item with the earliest deadline, then the earliest arrival, of the lane
 whose turn it is: interactive first, with one bulk batch after ``INTERACTIVE_STREAK`` interactive ones while bulk
-waits, so that neither lane starves. The batch is filled with the head's neighbours *by length* of the same group
-and lane, so that little is padded, up to the group's budget. Length-sorted filling with a padded-token budget is
+waits, so that neither lane starves. Nor does an item within its lane: after ``OVERTAKING_STREAK`` batches around later
+arrivals the head is the one that came first. The batch is filled with the head's neighbours *by length* of the same
+group and lane, so that little is padded, up to the group's budget. Length-sorted filling with a padded-token budget is
 text-embeddings-inference's and infinity's; taking the window around the most urgent item is ours. While interactive
 items come, bulk batches are brief, since whoever comes next waits for the one that runs.
 """
@@ -13,7 +14,7 @@ from __future__ import annotations
 import heapq
 import math
 from bisect import bisect_left, insort
-from collections import defaultdict
+from collections import defaultdict, deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from itertools import count
@@ -21,7 +22,17 @@ from typing import Final, Generic, NamedTuple, TypeVar
 
 from cortex_tasks.payloads import Lane
 
-__all__ = ["BRIEF_AFTER", "INTERACTIVE_STREAK", "Ahead", "Batch", "Batcher", "Budget", "Group", "Waiting"]
+__all__ = [
+    "BRIEF_AFTER",
+    "INTERACTIVE_STREAK",
+    "OVERTAKING_STREAK",
+    "Ahead",
+    "Batch",
+    "Batcher",
+    "Budget",
+    "Group",
+    "Waiting",
+]
 
 T = TypeVar("T")
 
@@ -29,6 +40,10 @@ T = TypeVar("T")
 BRIEF_AFTER: Final = 16
 #: Interactive batches in a row after which a waiting bulk batch gets its turn.
 INTERACTIVE_STREAK: Final = 8
+#: Batches of a lane in a row around later arrivals with earlier deadlines after which whoever came first gets its turn.
+#: Counted in batches, not in seconds: those without deadlines keep a ninth of the lane, be its models fast or slow, and
+#: no more of it once many of them have waited for long, when deadlines matter most.
+OVERTAKING_STREAK: Final = 8
 
 
 class Budget(NamedTuple):
@@ -96,6 +111,41 @@ class Ahead(NamedTuple):
     cost_tokens: int = 1
 
 
+class _Order(Generic[T]):
+    """Who is next in one lane. Items that left as somebody's neighbours stay until they surface."""
+
+    def __init__(self) -> None:
+        self._arrived: deque[Waiting[T]] = deque()
+        #: Heap of (deadline, seq, item): of those that have a deadline.
+        self._due: list[tuple[float, int, Waiting[T]]] = []
+        #: Batches since the first in line was the head.
+        self._overtaken = 0
+
+    def add(self, item: Waiting[T]) -> None:
+        self._arrived.append(item)
+        if item.deadline_s < math.inf:
+            heapq.heappush(self._due, (item.deadline_s, item._seq, item))
+
+    def head(self) -> Waiting[T] | None:
+        """The next batch's; None when nothing waits."""
+        arrived, due = self._arrived, self._due
+        while arrived and arrived[0]._taken:
+            arrived.popleft()
+        if not arrived:
+            due.clear()
+            return None
+        while due and due[0][2]._taken:
+            heapq.heappop(due)
+        return due[0][2] if due and self._overtaken < OVERTAKING_STREAK else arrived[0]
+
+    def take(self) -> Waiting[T] | None:
+        """The head, whose batch leaves now."""
+        head = self.head()
+        if head is not None:
+            self._overtaken = 0 if head is self._arrived[0] else self._overtaken + 1
+        return head
+
+
 class Batcher(Generic[T]):
     """Holds waiting items and hands out batches."""
 
@@ -105,8 +155,7 @@ class Batcher(Generic[T]):
         self._streak = 0
         #: Batches since the last interactive one.
         self._since_interactive = BRIEF_AFTER
-        #: lane -> heap of (deadline, seq, item); taken items stay until they surface.
-        self._heads: dict[Lane, list[tuple[float, int, Waiting[T]]]] = {"interactive": [], "bulk": []}
+        self._orders: dict[Lane, _Order[T]] = {"interactive": _Order(), "bulk": _Order()}
         #: (group, lane) -> (cost, seq, item), sorted.
         self._by_length: dict[tuple[Group, Lane], list[tuple[int, int, Waiting[T]]]] = defaultdict(list)
 
@@ -116,7 +165,7 @@ class Batcher(Generic[T]):
     def add(self, item: Waiting[T]) -> None:
         """Put an item in line. O(log n) comparisons."""
         item._seq = next(self._seq)
-        heapq.heappush(self._heads[item.lane], (item.deadline_s, item._seq, item))
+        self._orders[item.lane].add(item)
         if not item.alone:
             insort(self._by_length[item.group, item.lane], (item.cost_tokens, item._seq, item))
         self._size += 1
@@ -124,9 +173,9 @@ class Batcher(Generic[T]):
     def ahead(self, budget: Callable[[Group], Budget]) -> Ahead | None:
         """What ``take`` would take, or None when nothing waits."""
         lane = self._lane()
-        if lane is None:
+        head = self._orders[lane].head()
+        if head is None:
             return None
-        head = self._heads[lane][0][2]
         if head.alone or self._is_hurried(lane):
             return Ahead(head.group.model, by_itself=True, more=False, cost_tokens=head.cost_tokens)
         line, limit = self._by_length[head.group, lane], budget(head.group)
@@ -140,11 +189,11 @@ class Batcher(Generic[T]):
         batch between interactive ones (default: the same). With ``parts`` it holds a part of the tokens only, since as
         many batches run at the same time."""
         lane = self._lane()
-        if lane is None:
+        head = self._orders[lane].take()
+        if head is None:
             return None
-        head = heapq.heappop(self._heads[lane])[2]
         limit = (brief if brief and self._is_hurried(lane) else budget)(head.group)
-        self._streak = self._streak + 1 if lane == "interactive" and self._surface("bulk") else 0
+        self._streak = self._streak + 1 if lane == "interactive" and self._waits("bulk") else 0
         self._since_interactive = 0 if lane == "interactive" else self._since_interactive + 1
         chosen = [head] if head.alone else self._fill(head, limit.part(parts))
         for item in chosen:
@@ -153,22 +202,17 @@ class Batcher(Generic[T]):
         full = not head.alone and (head.group, head.lane) in self._by_length
         return Batch(head.group, chosen, limit, full)
 
-    def _lane(self) -> Lane | None:
-        """Whose turn it is; None when nothing waits."""
-        interactive, bulk = self._surface("interactive"), self._surface("bulk")
-        if interactive and bulk:
-            return "interactive" if self._streak < INTERACTIVE_STREAK else "bulk"
-        return "interactive" if interactive else "bulk" if bulk else None
+    def _lane(self) -> Lane:
+        """Whose turn it is."""
+        if self._waits("interactive") and not (self._streak >= INTERACTIVE_STREAK and self._waits("bulk")):
+            return "interactive"
+        return "bulk"
+
+    def _waits(self, lane: Lane) -> bool:
+        return self._orders[lane].head() is not None
 
     def _is_hurried(self, lane: Lane) -> bool:
         return lane == "bulk" and self._since_interactive < BRIEF_AFTER
-
-    def _surface(self, lane: Lane) -> bool:
-        """Drop taken items from the top of a lane's heap; True when one still waits."""
-        heap = self._heads[lane]
-        while heap and heap[0][2]._taken:
-            heapq.heappop(heap)
-        return bool(heap)
 
     def _fill(self, head: Waiting[T], limit: Budget) -> list[Waiting[T]]:
         """The head and its nearest neighbours by length, within the limits; the head always goes."""

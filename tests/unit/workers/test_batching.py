@@ -2,10 +2,24 @@
 
 from __future__ import annotations
 
-from hypothesis import given
+import math
+from itertools import cycle
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from workers.batching import BRIEF_AFTER, INTERACTIVE_STREAK, Ahead, Batcher, Budget, Group, Waiting
+from workers.batching import (
+    BRIEF_AFTER,
+    INTERACTIVE_STREAK,
+    OVERTAKING_STREAK,
+    Ahead,
+    Batcher,
+    Budget,
+    Group,
+    Waiting,
+)
 
 EMBED = Group("minilm", "embed", "{}")
 OTHER = Group("minilm", "embed", '{"normalize":false}')
@@ -78,6 +92,32 @@ def test_bulk_gets_a_turn_under_a_stream_of_interactive_work() -> None:
         assert batch is not None
         seen.append(batch.items[0].payload)
     assert seen.index(-1) == INTERACTIVE_STREAK
+
+
+@pytest.mark.parametrize("deadline_s", [math.inf, 1e6])
+def test_an_item_with_a_far_deadline_or_none_gets_a_turn_under_a_stream_of_near_ones(deadline_s: float) -> None:
+    batcher: Batcher[int] = Batcher()
+    batcher.add(Waiting(-1, EMBED, deadline_s=deadline_s))
+    seen = []
+    for number in range(2 * OVERTAKING_STREAK):
+        batcher.add(Waiting(number, EMBED, deadline_s=number + 60.0))
+        batch = batcher.take(lambda _: limits(items=1))
+        assert batch is not None
+        seen.append(batch.items[0].payload)
+    assert seen[: OVERTAKING_STREAK + 2] == [*range(OVERTAKING_STREAK), -1, OVERTAKING_STREAK]
+
+
+def test_deadlines_go_first_however_many_without_one_have_waited() -> None:
+    batcher: Batcher[int] = Batcher()
+    for number in range(40):
+        batcher.add(Waiting(number, EMBED))
+    for number in range(100, 100 + 2 * OVERTAKING_STREAK):
+        batcher.add(Waiting(number, EMBED, deadline_s=float(number)))
+    left = [number for [number] in drain(batcher, limits(items=1))]
+    turn = [OVERTAKING_STREAK, 2 * OVERTAKING_STREAK + 1]
+    assert [left[at] for at in turn] == [0, 1]
+    assert [number for number in left if number >= 100] == left[: turn[0]] + left[turn[0] + 1 : turn[1]]
+    assert [number for number in left if number < 100] == list(range(40))
 
 
 def test_bulk_batches_are_brief_as_long_as_interactive_items_come() -> None:
@@ -194,3 +234,36 @@ def test_every_item_leaves_once_within_the_limits(items, max_items, max_padded) 
     assert sorted(left) == list(range(len(items)))
     assert len(batcher) == 0
     assert batcher.take(lambda _: limit) is None
+
+
+items_of_any_kind = st.tuples(
+    st.integers(1, 400), st.sampled_from(["interactive", "bulk"]), st.sampled_from([0.0, 5.0, 1e6, math.inf])
+)
+
+
+@settings(deadline=None)
+@given(
+    st.lists(items_of_any_kind, max_size=4),
+    items_of_any_kind,
+    st.lists(st.lists(items_of_any_kind, max_size=3), min_size=1, max_size=4),
+    st.integers(1, 4),
+    st.booleans(),
+)
+def test_every_item_leaves_within_a_bound_whatever_comes_beside_it(
+    before: list[Any], victim: Any, stream: list[list[Any]], max_items: int, alone: bool
+) -> None:
+    batcher: Batcher[str] = Batcher()
+    for cost, lane, due_in_s in before:
+        batcher.add(Waiting("before", EMBED, cost, lane, due_in_s))
+    cost, lane, due_in_s = victim
+    batcher.add(Waiting("victim", EMBED, cost, lane, due_in_s, alone))
+    # Each that came before it has its turn, then it; and so it is with its lane.
+    bound = (len(before) + 1) * (OVERTAKING_STREAK + 1) * (INTERACTIVE_STREAK + 1)
+    for now_s, arriving in zip(range(bound), cycle(stream), strict=False):
+        for cost, lane, due_in_s in arriving:
+            batcher.add(Waiting("beside", EMBED, cost, lane, now_s + due_in_s))
+        batch = batcher.take(lambda _: limits(max_items, 800))
+        assert batch is not None
+        if any(item.payload == "victim" for item in batch.items):
+            return
+    raise AssertionError(f"still there after {bound} batches")
