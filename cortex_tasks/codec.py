@@ -8,6 +8,11 @@ encodings carry it, told apart by their first bytes, so that one decoder reads b
   ``{"$": [offset, length]}``, then the bytes themselves. Used for clients that ask for it in the job's headers.
 
 Neither is pickle, and decoding either runs no code.
+
+A packed answer is stored behind the mark by which Celery knows a compressed one, and which names what undoes it: a
+Celery program looks that name up in kombu's registry and gets JSON, whatever its own settings. kombu finds this module
+by the package's entry point ``kombu.serializers`` while it is imported itself, in every Celery program beside Cortex:
+so this module imports little, and of kombu nothing that looks for entry points.
 """
 
 from __future__ import annotations
@@ -17,12 +22,13 @@ import struct
 from bisect import bisect
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
-from kombu.serialization import register
+from kombu import compression
 from kombu.utils import json as kombu_json
 
-from cortex_tasks.payloads import Lane
+if TYPE_CHECKING:
+    from cortex_tasks.payloads import Lane
 
 __all__ = [
     "CONTENT_TYPE",
@@ -42,6 +48,7 @@ __all__ = [
     "register_serializer",
     "reply_channel",
     "result_key",
+    "serializer",
     "unpack",
 ]
 
@@ -60,6 +67,8 @@ _REPLY_PREFIX: Final = "cortex:reply:"
 _RESULT_PREFIX: Final = "celery-task-meta-"
 
 _MAGIC: Final = b"CXP1"
+#: ``COMPRESSED_PAYLOAD_MAGIC`` of celery 5.7, and the name of what undoes the packing.
+_MARK: Final = b"\0celery-compressed\0" + CONTENT_TYPE.encode() + b"\0"
 #: Begins a message on a reply channel that carries results.
 REPLY_MAGIC: Final = b"CXR1"
 #: A finished job's id, and its result meta where the announcement carried it.
@@ -173,7 +182,7 @@ def dumps(meta: Any) -> bytes | str:
     if not (isinstance(result, Answer) and result.packed):
         text: str = kombu_json.dumps(meta)
         return text
-    return pack(meta)
+    return pack(meta, _MARK)
 
 
 class _Packer:
@@ -184,12 +193,12 @@ class _Packer:
     def __init__(self) -> None:
         self._encode = json.JSONEncoder(separators=(",", ":"), default=self._placed).encode
 
-    def pack(self, value: Any) -> bytes:
+    def pack(self, value: Any, mark: bytes) -> bytes:
         self._blobs: list[bytes] = []
         self._offset = 0
         head = self._encode(value).encode()
         blobs, self._blobs = self._blobs, []
-        return b"".join((_MAGIC, _LENGTH.pack(len(head)), head, *blobs))
+        return b"".join((mark, _MAGIC, _LENGTH.pack(len(head)), head, *blobs))
 
     def _placed(self, part: Any) -> Any:
         if isinstance(part, bytes):
@@ -241,20 +250,20 @@ _packers: list[_Packer] = []
 _unpackers: list[_Unpacker] = []
 
 
-def pack(value: Any) -> bytes:
-    """JSON types and bytes, packed. Raises TypeError for anything else."""
+def pack(value: Any, mark: bytes = b"") -> bytes:
+    """JSON types and bytes, packed, behind ``mark``. Raises TypeError for anything else."""
     try:
         packer = _packers.pop()
     except IndexError:
         packer = _Packer()
-    packed = packer.pack(value)
+    packed = packer.pack(value, mark)
     _packers.append(packer)
     return packed
 
 
 def loads(data: bytes | str | memoryview) -> Any:
     """Decode either encoding. Raises ValueError on anything else."""
-    raw = data.encode() if isinstance(data, str) else bytes(data)
+    raw = data.encode() if isinstance(data, str) else bytes(data).removeprefix(_MARK)
     try:
         return _unpacked(raw) if raw.startswith(_MAGIC) else kombu_json.loads(raw)
     except (TypeError, LookupError, AttributeError, ArithmeticError, RecursionError) as error:
@@ -278,6 +287,26 @@ def _unpacked(raw: bytes) -> Any:
     return value
 
 
+# ------------------------------------------------------------------------------------ for kombu's registries
+
+
+def _to_json(packed: bytes) -> bytes:
+    text: str = kombu_json.dumps(unpack(packed))
+    return text.encode()
+
+
+def _from_json(text: bytes) -> bytes:
+    return pack(kombu_json.loads(text))
+
+
+#: Encode, decode, content type, content encoding: what the entry point names.
+serializer: Final = (dumps, loads, CONTENT_TYPE, "binary")
+
+compression.register(_from_json, _to_json, CONTENT_TYPE)
+
+
 def register_serializer() -> None:
-    """Make kombu know the ``cortex`` serializer. Idempotent."""
-    register(SERIALIZER, dumps, loads, content_type=CONTENT_TYPE, content_encoding="binary")
+    """Make kombu know the ``cortex`` serializer also where the package runs without being installed. Idempotent."""
+    from kombu.serialization import register
+
+    register(SERIALIZER, *serializer)

@@ -7,6 +7,7 @@ import socket
 import subprocess
 import sys
 import time
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -135,6 +136,17 @@ assert own.AsyncResult(sent.id).state == "SUCCESS"
 """
 
 
+#: A program that knows nothing of Cortex.
+READER = """
+import sys
+from celery import Celery
+
+url, job_id = sys.argv[1:]
+answer = Celery(broker=url, backend=url).AsyncResult(job_id).get(timeout=20)
+print([len(item["value"]["data"]) for item in answer["items"]])
+"""
+
+
 def test_a_programs_own_app_stays_what_it_is(bench: Bench) -> None:
     env = {"CORTEX_BROKER_URL": bench.url, "CORTEX_QUEUES_FILE": str(QUEUES_FILE)}
     done = subprocess.run(
@@ -162,6 +174,30 @@ def test_any_app_reads_the_answer_as_json(bench: Bench) -> None:
     answer = bench.own.AsyncResult(sent.id).get(timeout=20)
     assert owns(answer, "one", "two")
     assert answer["timings"]["queue_ms"] > 0
+
+
+def test_any_program_beside_cortex_reads_what_a_client_asked_for(
+    bench: Bench, echo_fleet: FleetConfig, tmp_path: Path
+) -> None:
+    # As the package's installation would: these tests run from the source tree.
+    declared = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["entry-points"]
+    info = tmp_path / "beside-1.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: beside\nVersion: 1\n")
+    lines = [f"[{group}]\n" + "".join(f"{k} = {v}\n" for k, v in points.items()) for group, points in declared.items()]
+    (info / "entry_points.txt").write_text("".join(lines))
+    with Cortex(bench.url, fleet=echo_fleet) as cortex:
+        job = cortex.submit("embed", ["one", "two"], "echo")
+        assert owns(bench.own.AsyncResult(job.id).get(timeout=20), "one", "two")
+    done = subprocess.run(
+        [sys.executable, "-c", READER, bench.url, job.id],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join((str(tmp_path), str(ROOT)))},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert done.stdout.strip() == f"[{4 * 8}, {4 * 8}]", done.stderr
 
 
 def test_a_bad_input_is_refused_here_or_by_the_worker(bench: Bench) -> None:

@@ -14,6 +14,7 @@ from typing import Any
 from uuid import UUID
 
 import pytest
+from celery.backends.base import compress_payload, decompress_payload
 from hypothesis import example, given
 from hypothesis import strategies as st
 from kombu.serialization import dumps as kombu_dumps
@@ -67,7 +68,7 @@ def switch_often() -> Iterator[None]:
 def test_a_packed_answer_comes_back_as_it_was(items: list[dict[str, Any]]) -> None:
     raw = dumps(meta(items, packed=True))
     assert isinstance(raw, bytes)
-    assert raw.startswith(b"CXP1")
+    assert raw.startswith(b"\0celery-compressed\0application/x-cortex\0CXP1")
     result = loads(raw)["result"]
     assert result["items"] == items
     assert (result["task"], result["model"], result["revision"]) == ("embed", "m", "rev")
@@ -133,6 +134,19 @@ def test_celery_finds_the_serializer() -> None:
     content_type, encoding, raw = kombu_dumps(meta([{"value": {"data": b"x"}}], packed=True), codec.SERIALIZER)
     assert (content_type, encoding) == (codec.CONTENT_TYPE, "binary")
     assert kombu_loads(raw, content_type, encoding, accept={content_type})["status"] == "SUCCESS"
+
+
+@given(items)
+def test_celery_itself_reads_a_packed_answer_as_json(items: list[dict[str, Any]]) -> None:
+    raw = dumps(meta(items, packed=True))
+    assert raw != (text := decompress_payload(raw))
+    assert kombu_loads(text, "application/json", "utf-8", accept={"application/json"}) == loads(raw)
+
+
+def test_what_celery_packs_for_an_app_that_asks_for_it_is_read_here() -> None:
+    stored = compress_payload('{"status": "SUCCESS", "result": [1, "é"]}', codec.CONTENT_TYPE)
+    assert loads(stored) == {"status": "SUCCESS", "result": [1, "é"]}
+    assert loads(decompress_payload(stored)) == loads(stored)
 
 
 # ------------------------------------------------------------------------------------------ torn, forged
