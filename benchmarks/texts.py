@@ -28,7 +28,10 @@ def varied(seed: int) -> Iterator[str]:
 
 
 def short(seed: int) -> Iterator[str]:
-    """Single sentences without end, made with next to no effort: for clients whose own CPU time is measured."""
+    """Single sentences without end, made with next to no effort: for clients whose own CPU time is measured.
+
+    Seeds that follow each other begin with sentences that do.
+    """
     source = sentences()
     for number in count():
-        yield f"Entry {seed}-{number}: {source[number % len(source)]}"
+        yield f"Entry {seed}-{number}: {source[(seed + number) % len(source)]}"

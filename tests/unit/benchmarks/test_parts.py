@@ -18,6 +18,7 @@ from benchmarks.plot import draw
 from benchmarks.processes import Peer
 from benchmarks.report import END, START, machine, table, with_table
 from benchmarks.stats import percentile, rounded
+from cortex_tasks.demo.material import sentences
 from cortex_tasks.local_fleet import session_members
 
 
@@ -48,6 +49,11 @@ def test_texts_are_unique_and_the_same_on_every_run(kind: Any) -> None:
     first, again, other = (list(islice(kind(seed), 2_000)) for seed in (1, 1, 2))
     assert first == again
     assert len({*first, *other}) == 4_000
+
+
+def test_the_first_texts_of_many_seeds_are_of_all_sentences() -> None:
+    begun = [next(texts.short(seed)).partition(": ")[2] for seed in range(100, 100 + len(sentences()))]
+    assert sorted(begun) == sorted(sentences())
 
 
 def test_every_block_of_texts_has_the_same_mix() -> None:
