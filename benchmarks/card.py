@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import signal
 import sys
 import time
@@ -32,19 +33,29 @@ class Row:
     unit: str = ""
     at_least: float | None = None
     at_most: float | str | None = None
+    #: Where its own bound is missed, the run was disturbed, and no other bound is judged.
+    condition: bool = False
 
-    def bound(self, figures: Figures) -> str:
+    def bound(self, figures: Figures, *, disturbed: bool) -> str:
         """``≥ 0.95`` or ``≤ 250``, with whether it was met; "" without one."""
+        if self.at_least is None and self.at_most is None:
+            return ""
+        verdict = "met" if self.is_met(figures) else "MISSED"
+        if disturbed and not self.condition:
+            verdict = "not judged: disturbed"
+        sign, limit = ("≥", self.at_least) if self.at_least is not None else ("≤", self._most(figures))
+        return f"{sign} {shown(limit)} {verdict}"
+
+    def is_met(self, figures: Figures) -> bool:
+        """Its bound, if it has one."""
         if self.at_least is not None:
-            return f"≥ {shown(self.at_least)} {_verdict(figures[self.field] >= self.at_least)}"
-        if self.at_most is not None:
-            most = figures[self.at_most] if isinstance(self.at_most, str) else self.at_most
-            return f"≤ {shown(most)} {_verdict(figures[self.field] <= most)}"
-        return ""
+            return bool(figures[self.field] >= self.at_least)
+        return bool(figures[self.field] <= self._most(figures))
 
-
-def _verdict(met: bool) -> str:
-    return "met" if met else "MISSED"
+    def _most(self, figures: Figures) -> float:
+        if isinstance(self.at_most, str):
+            return float(figures[self.at_most])
+        return math.inf if self.at_most is None else self.at_most
 
 
 def shown(value: float) -> str:
@@ -78,9 +89,13 @@ class Benchmark:
         """The figures as a table, each with its bound; one line when there is nothing to measure here."""
         if "skipped" in figures:
             return f"{self.title}: skipped, {figures['skipped']}"
+        disturbed = any(row.condition and not row.is_met(figures) for row in self.rows)
         lines = table(
             ("", "measured", "", "we hold ourselves to"),
-            [(row.label, shown(figures[row.field]), row.unit, row.bound(figures)) for row in self.rows],
+            [
+                (row.label, shown(figures[row.field]), row.unit, row.bound(figures, disturbed=disturbed))
+                for row in self.rows
+            ],
         )
         return "\n".join([f"{self.title}", "", *lines, ""])
 

@@ -1,8 +1,8 @@
 """The raw engine: the worker's own adapter in a process without any queue, commanded by a benchmark.
 
-What it reaches is the limit for a fleet on the same cores: texts tokenised at once, sorted by length, cut into batches
-of the size that is fastest here, with the threads that a worker would take, as calm and as well placed as there, and
-with memory and garbage kept as there.
+What a program without a fleet reaches on the same cores: texts tokenised at once, sorted by length, cut into batches of
+the size that proves the fastest here, with the threads that a worker would take, as calm and as well placed as there,
+and with memory and garbage kept as there.
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ from typing import Any, Final
 from benchmarks import texts
 from benchmarks.processes import ROOT, serve
 from benchmarks.stats import percentile
-from cortex_tasks.config import ModelConfig, load_fleet
+from benchmarks.trials import shares_of_fastest
+from cortex_tasks.config import Batching, ModelConfig, load_fleet
 from cortex_tasks.payloads import EmbedParams
 from workers.adapters import Adapter, Item, LoadContext, adapter_class
 from workers.placement import Placement
@@ -28,10 +29,10 @@ from workers.store.sources import Snapshot, resolve
 _ALIAS: Final = "minilm"
 _TASK: Final = "embed"
 _PARAMS: Final = EmbedParams()
-#: Padded tokens of a batch that are tried.
-_BUDGETS: Final = (512, 1_024, 2_048, 4_096)
-_TRIAL_TEXTS: Final = 160
-_TRIALS: Final = 3
+#: Padded tokens of a batch that are tried; with the largest the model's limit of items is what ends most batches.
+_BUDGETS: Final = (512, 1_024, 2_048, 4_096, 8_192, 16_384)
+#: Several of the largest batches.
+_TRIAL_TEXTS: Final = 640
 _KINDS: Final = {"short": texts.short, "varied": texts.varied}
 
 calm_openmp()
@@ -44,6 +45,10 @@ _placement = Placement()
 @cache
 def _config() -> ModelConfig:
     return load_fleet(os.environ.get("CORTEX_QUEUES_FILE") or ROOT / "queues.yaml").models[_ALIAS]
+
+
+def _limits() -> Batching:
+    return _config().batching.on(device())
 
 
 @cache
@@ -75,22 +80,6 @@ def _encoder() -> Any:
     return SentenceTransformer(str(_snapshot().path), device=device())
 
 
-@cache
-def _budget_tokens() -> int:
-    """The fastest batch (on a GPU the largest allowed): the best of some rounds for each budget, in turns, since the
-    machine's speed varies."""
-    if device() != "cpu":
-        return _config().batching.on(device()).max_padded_tokens
-    rates: dict[int, float] = {}
-    for turn in range(_TRIALS):
-        for budget in _BUDGETS:
-            source = list(islice(texts.varied(-3 - turn), _TRIAL_TEXTS))
-            began_s = time.perf_counter()
-            _run(source, budget)
-            rates[budget] = max(rates.get(budget, 0.0), _TRIAL_TEXTS / (time.perf_counter() - began_s))
-    return max(rates, key=rates.__getitem__)
-
-
 def hello() -> dict[str, Any]:
     """Load and warm both; says where the weights are."""
     warm = list(islice(texts.varied(-1), 40))
@@ -103,27 +92,37 @@ def hello() -> dict[str, Any]:
     return {"threads": threads_for(None), "device": device(), "snapshot": str(_snapshot().path)}
 
 
-def budget() -> dict[str, Any]:
-    """Padded tokens of the batches that ``rate`` runs."""
-    return {"tokens": _budget_tokens()}
+def budget(*, seconds: float, apart: bool = False) -> dict[str, Any]:
+    """The padded tokens of a batch that are the fastest for ``rate``, or for ``rate_apart``, and how all that were
+    tried compare; on a GPU the largest that the model allows. ``seconds``: how long to try."""
+    if device() != "cpu":
+        return {"tokens": _limits().max_padded_tokens, "shares": {}}
+
+    def per_s(tokens: int, turn: int) -> float:
+        command = rate_apart if apart else rate
+        return float(command(seed=-3 - turn, count=_TRIAL_TEXTS, budget_tokens=tokens)["per_s"])
+
+    shares = shares_of_fastest(per_s, _BUDGETS, seconds)
+    return {"tokens": max(shares, key=shares.__getitem__), "shares": shares}
 
 
-def rate(*, seed: int, count: int, kind: str = "varied") -> dict[str, Any]:
-    """Texts a second over so many, and the median duration of a batch's forward pass."""
-    source, budget = list(islice(_KINDS[kind](seed), count)), _budget_tokens()
+def rate(*, seed: int, count: int, kind: str = "varied", budget_tokens: int | None = None) -> dict[str, Any]:
+    """Texts a second over so many, and the median duration of a batch's forward pass. ``budget_tokens``: None for the
+    largest batches that the model allows."""
+    source = list(islice(_KINDS[kind](seed), count))
     began_s = time.perf_counter()
-    batches_ms = _run(source, budget)
+    batches_ms = _run(source, budget_tokens or _limits().max_padded_tokens)
     return {**_rate(count, began_s), "batch_ms": percentile(batches_ms, 50)}
 
 
-def rate_apart(*, seed: int, count: int) -> dict[str, Any]:
-    """The same with a batch on each core at a time, as a worker runs them where many texts wait; on one core, or a
-    GPU, it is the same."""
-    adapter, source, budget = _adapter(), list(islice(texts.varied(seed), count)), _budget_tokens()
+def rate_apart(*, seed: int, count: int, budget_tokens: int) -> dict[str, Any]:
+    """The same with a batch on each core at a time, each with its part of the budget, as a worker runs them where many
+    texts wait; on one core, or a GPU, it is the same."""
+    adapter, source = _adapter(), list(islice(texts.varied(seed), count))
     crew = adapter.crew
     began_s = time.perf_counter()
     if crew is None:
-        _run(source, budget)
+        _run(source, budget_tokens)
     else:
 
         def run(batch: list[Item]) -> None:
@@ -131,18 +130,18 @@ def rate_apart(*, seed: int, count: int) -> dict[str, Any]:
 
         items = sorted(_prepared(source), key=lambda item: item.cost_tokens)
         # The longest first: the last ones, which may leave a core idle, are short then.
-        list(crew.executor.map(run, reversed(list(_batches(items, budget // crew.threads)))))
+        list(crew.executor.map(run, reversed(list(_batches(items, budget_tokens // crew.threads)))))
     return _rate(count, began_s)
 
 
 def stages(*, seed: int, count: int, chunk: int) -> dict[str, Any]:
     """CPU microseconds a short text, on all threads of this process: to tokenise it, so many at a time, and what the
     adapter does around a batch as large as the model's limits allow."""
-    adapter, source, limits = _adapter(), list(islice(texts.short(seed), count)), _config().batching.on(device())
+    adapter, source = _adapter(), list(islice(texts.short(seed), count))
     began_s = time.process_time()
     items = [item for first in range(0, count, chunk) for item in _prepared(source[first : first + chunk])]
     tokenised_s = time.process_time()
-    for batch in _batches(sorted(items, key=lambda item: item.cost_tokens), limits.max_padded_tokens):
+    for batch in _batches(sorted(items, key=lambda item: item.cost_tokens), _limits().max_padded_tokens):
         adapter.finish(_TASK, batch, adapter.forward(_TASK, batch, _PARAMS), _PARAMS)
     ended_s = time.process_time()
     return {
@@ -198,7 +197,7 @@ def _run(source: Sequence[str], budget_tokens: int) -> list[float]:
 
 def _batches(items: Sequence[Item], budget_tokens: int) -> Iterator[list[Item]]:
     """Items, shortest first, in batches of at most the model's items and so many padded tokens."""
-    most = _config().batching.on(device()).max_items
+    most = _limits().max_items
     batch: list[Item] = []
     for item in items:
         if batch and (len(batch) == most or (len(batch) + 1) * item.cost_tokens > budget_tokens):

@@ -31,6 +31,9 @@ FIELDS = {
         "singles_8_clients_ratio",
         "naive_celery_ratio",
         "encode_ratio",
+        "raw_apart_ratio",
+        "map_of_faster_raw_ratio",
+        "singles_of_faster_raw_ratio",
     ),
     "latency": ("idle_overhead_ms", "idle_p99_ms", "interactive_p99_under_bulk_ms", "bulk_batch_ms"),
     "memory": ("pss_copies_4", "warm_load_ratio", "cold_load_ms", "l2_load_ms", "l2_mb_per_s", "redis_mb_per_s"),
@@ -84,7 +87,11 @@ def test_overhead_with_hooks_switched_off(hooks: tuple[str, ...]) -> None:
 @pytest.mark.models
 def test_throughput() -> None:
     [line] = run("throughput", "--json-only")
-    checked("throughput", line)
+    figures = checked("throughput", line)
+    assert {"4096", "8192", "16384"} <= set(figures["raw_budget_shares"])
+    assert figures["raw_budget_shares"][str(figures["raw_budget_tokens"])] == 1
+    faster = max(1, figures["raw_apart_ratio"])
+    assert figures["map_of_faster_raw_ratio"] == pytest.approx(figures["map_ratio"] / faster, rel=0.01)
 
 
 @pytest.mark.fleet

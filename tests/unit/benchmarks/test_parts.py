@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import time
@@ -98,6 +99,17 @@ def test_a_card_says_what_was_met_and_the_last_line_is_json(capsys: pytest.Captu
     assert json.loads(lines[-1])["rate_per_s"] == 2469.0
     assert "≥ 10,000 MISSED" in shown.out
     assert "≤ 3 met" in shown.out
+
+
+@pytest.mark.parametrize(("spread", "verdict"), [(1.25, "MISSED"), (1.26, "not judged: disturbed")])
+def test_a_disturbed_run_is_not_judged(spread: float, verdict: str) -> None:
+    quiet = Row("spread", "is it quiet?", at_most=1.25, condition=True)
+    card = dataclasses.replace(TOY, rows=(quiet, *TOY.rows)).card(
+        {"spread": spread, "rate_per_s": 2.0, "took_ms": 2.0, "most_ms": 3.0}
+    )
+    assert f"≥ 10,000 {verdict}" in card
+    assert ("≤ 3 met" in card) == (verdict == "MISSED")
+    assert ("≤ 1.25 met" in card, "≤ 1.25 MISSED" in card) == (spread == 1.25, spread != 1.25)
 
 
 def test_json_only_prints_nothing_else(capsys: pytest.CaptureFixture[str]) -> None:
