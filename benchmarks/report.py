@@ -12,12 +12,16 @@ from pathlib import Path
 from typing import Any, Final
 
 from benchmarks.card import Figures, shown
+from benchmarks.latency import LOADS
 from benchmarks.rivals import RIVALS, STOCK_PER_S
+from benchmarks.throughput import QUIET_SPREAD
 
 __all__ = ["machine", "table", "with_table"]
 
 START: Final = "<!-- bench:start -->"
 END: Final = "<!-- bench:end -->"
+#: In the place of a figure that the run did not measure.
+ABSENT: Final = "—"
 
 
 def machine() -> dict[str, Any]:
@@ -42,25 +46,41 @@ def _cpu_model(cpuinfo: Path) -> str:
 def table(results: Mapping[str, Any]) -> str:
     """The figures that matter most, in Markdown. ``results``: as in ``results/latest.json``."""
     about = results["machine"]
-    rows = _rows(results["overhead"], results["throughput"], results["latency"], results["startup"])
+    overhead, throughput, latency = (results[name] for name in ("overhead", "throughput", "latency"))
+    rows = [*_requests(overhead), *_model(throughput), *_waiting(latency, results["startup"])]
     lines = [
-        "| | Cortex | stock Celery | the best of the others |",
+        "| | Cortex | stock Celery ¹ | the best of the others ² |",
         "|---|---|---|---|",
         *(f"| {' | '.join(row)} |" for row in rows),
     ]
     where = f"{about['cpu']}, {about['cores']} cores, {about['date']}"
     said = (
-        f"Measured by `make bench` on {where}. The others were measured on another machine, where stock Celery "
-        f"reaches {shown(STOCK_PER_S)} requests/s: compare the multiples, not the rates. "
-        "[What each figure means](docs/performance.md)."
+        f"Measured by `make bench` on {where}{_disturbed(throughput)}. Raw engine: batches one after the other, each "
+        f"on all cores; a batch on each core, as in a worker, reaches {_share(throughput, 'raw_apart_ratio')} of it. "
+        "¹ All tasks published, then all fetched; MiniLM: `encode`, one text a task. "
+        f"² On another machine, where stock Celery reaches {shown(STOCK_PER_S)} requests/s (compare the multiples, not "
+        "the rates); shares are of the raw engine there. [What each figure means](docs/performance.md)."
     )
     return "\n".join([*lines, "", *textwrap.wrap(said, 120, break_on_hyphens=False)])
 
 
-def _rows(overhead: Figures, throughput: Figures, latency: Figures, startup: Figures) -> list[tuple[str, ...]]:
+def _disturbed(throughput: Figures) -> str:
+    """A warning where the shares may be chance."""
+    spread = throughput.get("raw_spread", 1.0)
+    return f" while it was not quiet (the raw engine varied by {shown(spread)} ×)" if spread > QUIET_SPREAD else ""
+
+
+def _share(figures: Figures, name: str) -> str:
+    return f"{figures[name]:.2f}" if name in figures else ABSENT
+
+
+def _shown(figures: Figures, name: str) -> str:
+    """A dash for what an older run did not measure."""
+    return shown(figures[name]) if name in figures else ABSENT
+
+
+def _requests(overhead: Figures) -> list[tuple[str, ...]]:
     fastest = max(RIVALS, key=lambda rival: rival.per_s)
-    bulk = max(RIVALS, key=lambda rival: rival.bulk or 0.0)
-    many = max(RIVALS, key=lambda rival: rival.singles_256 or 0.0)
     stock_per_s = overhead["stock_jobs_per_s"]
     times = overhead["async_singles_per_s"] / stock_per_s
     return [
@@ -76,33 +96,46 @@ def _rows(overhead: Figures, throughput: Figures, latency: Figures, startup: Fig
             f"{shown(overhead['stock_worker_cpu_us_per_job'])} µs, {shown(overhead['stock_client_cpu_us_per_job'])} µs",
             "",
         ),
+    ]
+
+
+def _model(throughput: Figures) -> list[tuple[str, ...]]:
+    """Shares of the raw engine of the same machine and minutes."""
+    bulk = max(RIVALS, key=lambda rival: rival.bulk or 0.0)
+    many = max(RIVALS, key=lambda rival: rival.singles_256 or 0.0)
+    return [
         (
             "MiniLM in bulk, share of the raw engine",
-            f"**{throughput['map_ratio']:.2f}**",
+            f"**{_share(throughput, 'map_ratio')}**",
             "",
             f"{bulk.bulk:.2f}, {bulk.name}",
         ),
         (
-            "MiniLM, single texts, 256 in flight",
-            f"**{throughput['singles_256_ratio']:.2f}** ({throughput['singles_ratio']:.2f} with 512)",
-            f"{throughput['naive_celery_ratio']:.2f}",
+            "The same, single texts, 256 in flight",
+            f"**{_share(throughput, 'singles_256_ratio')}** ({_share(throughput, 'singles_ratio')} with 512)",
+            f"{_share(throughput, 'naive_celery_ratio')}, all published",
             f"{many.singles_256:.2f}, {many.name}",
         ),
-        ("`SentenceTransformer.encode` in-process, for comparison", f"{throughput['encode_ratio']:.2f}", "", ""),
-        ("What the fleet adds to one text when idle", f"{shown(latency['idle_overhead_ms'])} ms", "", ""),
-        (
-            "p99 of an interactive text: idle, next to saturating bulk",
-            f"{shown(latency['idle_p99_ms'])} ms, {shown(latency['interactive_p99_under_bulk_ms'])} ms",
-            "",
-            "",
-        ),
-        (
-            "Import of the client; first answer of a fresh worker",
-            f"{shown(startup['import_ms'])} ms; {shown(startup['first_answer_ms'] / 1e3)} s",
-            "",
-            "",
-        ),
+        ("The same, `SentenceTransformer.encode` in-process", _share(throughput, "encode_ratio"), "", ""),
     ]
+
+
+def _waiting(latency: Figures, startup: Figures) -> list[tuple[str, ...]]:
+    first_s = shown(startup["first_answer_ms"] / 1e3) if "first_answer_ms" in startup else ABSENT
+    interactive = [_shown(latency, f"{name}_ms") for name in ("idle_p99", "interactive_p99_under_bulk")]
+    rows = {
+        "What the fleet adds to one text when idle": f"{_shown(latency, 'idle_overhead_ms')} ms",
+        "MiniLM, arrivals at random at 30, 60, 90 % of capacity: p50; p99": (
+            f"{_open_load(latency, 'p50_ms')}; {_open_load(latency, 'p99_ms')} ms"
+        ),
+        "p99 of an interactive text: idle, next to saturating bulk": f"{interactive[0]} ms, {interactive[1]} ms",
+        "Import of the client; first answer of a fresh worker": f"{_shown(startup, 'import_ms')} ms; {first_s} s",
+    }
+    return [(label, cell, "", "") for label, cell in rows.items()]
+
+
+def _open_load(latency: Figures, name: str) -> str:
+    return " / ".join(_shown(latency.get(name, {}), str(load)) for load in LOADS)
 
 
 def with_table(readme: str, markdown: str) -> str:

@@ -25,6 +25,8 @@ class Rival:
     singles_64: float | None = None
     singles_256: float | None = None
     bulk: float | None = None
+    #: Not 64 in flight: all published, then all fetched.
+    all_published: bool = False
 
 
 RIVALS: Final = (
@@ -34,7 +36,7 @@ RIVALS: Final = (
     Rival("MLServer 1.7.1", 960, 904, 224, 0.46, 0.55, 0.95),
     Rival("LitServe 0.2.19", 590, 1970, 450, 0.53, 0.56, 1.04),
     Rival("BentoML 1.4.40", 580, 1710, 377, 0.39, 0.40, 0.34),
-    Rival("celery-batches 0.11", 510, 1320, 1460),
+    Rival("celery-batches 0.11", 510, 1320, 1460, all_published=True),
 )
 #: Stock Celery 5.7 there, its best pool (solo).
 STOCK_PER_S: Final = 470.0

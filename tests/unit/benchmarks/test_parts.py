@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from benchmarks import __main__ as everything
 from benchmarks import latency, overhead, startup, texts, throughput
 from benchmarks.card import Benchmark, Row, command_line
 from benchmarks.cpu import cpu_s
@@ -136,10 +137,38 @@ def test_the_readme_gets_its_table_between_the_markers(results: dict[str, Any]) 
     assert with_table(renewed, table(results)) == renewed
 
 
+def test_what_an_older_run_did_not_measure_is_a_dash(results: dict[str, Any]) -> None:
+    results["latency"] = {"p50_ms": {"30": 20.69, "60": 51.32, "90": 1441.0}}
+    shown = table(results)
+    assert "| 20.7 / 51.3 / 1,441; — / — / — ms |" in shown
+    assert "| — ms, — ms |" in shown
+
+
+def test_a_disturbed_run_says_so_in_the_table(results: dict[str, Any]) -> None:
+    assert "not quiet" not in table(results)
+    results["throughput"]["raw_spread"] = 1.4
+    assert "while it was not quiet (the raw engine varied by 1.4 ×)" in " ".join(table(results).split())
+
+
 def test_a_readme_without_markers_gets_a_section(results: dict[str, Any]) -> None:
     renewed = with_table("# Cortex\n", table(results))
     assert renewed.startswith("# Cortex\n\n## Measured\n")
     assert with_table(renewed, table(results)) == renewed
+
+
+def test_the_last_run_is_drawn_again_without_measuring(
+    results: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kept = tmp_path / "latest.json"
+    kept.write_text(json.dumps(results))
+    (tmp_path / "README.md").write_text("# Cortex\n")
+    monkeypatch.setattr(everything, "ROOT", tmp_path)
+    monkeypatch.setattr(everything, "RESULTS", kept)
+    monkeypatch.setattr("sys.argv", ["benchmarks", "--redraw"])
+    everything.main()
+    assert START in (tmp_path / "README.md").read_text()
+    assert (tmp_path / "docs" / "figures" / "performance.png").exists()
+    assert json.loads(kept.read_text()) == results
 
 
 def test_nothing_tells_whose_machine_it_was(results: dict[str, Any]) -> None:
