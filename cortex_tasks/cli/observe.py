@@ -122,8 +122,9 @@ def _show_models(as_json: bool) -> None:
     header = ("model", "state", "revision", "tasks", "queue", "images", "on")
     _print_table(header, [_cells(row) for row in rows], style)
     for row in rows:
-        # The default engine is no news.
-        if detail := "; ".join(text for text in (row.engine, row.reason) if text not in ("", "torch fp32")):
+        # The default engine is no news, unless it was chosen.
+        silent = ("",) if fleet.models[row.alias].backend == "auto" else ("", "torch fp32")
+        if detail := "; ".join(text for text in (row.engine, row.reason) if text not in silent):
             click.echo(f"\n{style(row.alias, 'bold')}: {detail}")
     for card in present:
         click.echo(f"\n{card.node}: {_memory(card)}")

@@ -83,7 +83,8 @@ class Adapter(ABC):
     #: The engine and the numeric class that really run, part of the revision; "": as queues.yaml says.
     engine: str = ""
     precision: str = ""
-    #: How the engine compares with fp32, e.g. "cos 0.9981 top10 0.957"; "" when nothing was compared.
+    #: How the engine compares with fp32, e.g. "cos 0.9981 top10 0.957", and with the engines it was chosen among; ""
+    #: when nothing was compared.
     figures: str = ""
     #: Where an adapter may keep what it made of an input; its caller sets it once the model is warm.
     memo: Memo | None = None

@@ -70,7 +70,8 @@ class Subject:
 @dataclass(frozen=True, slots=True)
 class Chosen:
     engine: Engine
-    #: How the engine compares with fp32, e.g. "cos 0.9981 top10 0.957"; "" for torch.
+    #: How the engine compares with fp32, e.g. "cos 0.9981 top10 0.957", and, where it was chosen among several, with
+    #: the others; "" for torch by itself.
     figures: str = ""
     #: Why it is not what was asked for; "" when it is.
     note: str = ""
@@ -140,14 +141,13 @@ def _fastest(builder: _Builder) -> Chosen:
             break
         note = "; ".join([*reasons, "runs in fp32"])
         logger.warning("model %s: %s", request.alias, note)
-    if len(candidates) == 1:
-        best = next(iter(candidates))
-    else:
-        best = builder.fastest({name: chosen.engine for name, chosen in candidates.items()})
+    best, compared = next(iter(candidates)), ""
+    if len(candidates) > 1:
+        best, compared = builder.fastest({name: chosen.engine for name, chosen in candidates.items()})
     for name, chosen in candidates.items():
         if name != best:
             chosen.engine.close()
-    return Chosen(candidates[best].engine, candidates[best].figures, note)
+    return Chosen(candidates[best].engine, " ".join(filter(None, (candidates[best].figures, compared))), note)
 
 
 @dataclass(slots=True)
@@ -174,11 +174,13 @@ class _Builder:
             raise _Refused(f"{name} {precision} is refused: {why}")
         return Chosen(kind(entry.path, precision, self.request.threads), str(figures))
 
-    def fastest(self, engines: Mapping[str, Engine]) -> str:
-        """The name of the fastest over a short sample; remembered."""
+    def fastest(self, engines: Mapping[str, Engine]) -> tuple[str, str]:
+        """The name of the fastest over a short sample, and how it compares with the others; remembered."""
         names = ", ".join(f"{name} {engine.precision} {engine.library}" for name, engine in engines.items())
         entry = self.request.store.get({**self._key(), "fastest of": names}, lambda _: self._time(engines))
-        return str(entry.facts["fastest"])
+        ranked = sorted(entry.facts["seconds"].items(), key=lambda item: item[1])
+        rates = " / ".join(f"{name} {len(timing_texts()) / seconds:,.0f}" for name, seconds in ranked)
+        return str(entry.facts["fastest"]), f"fastest of {rates} texts/s"
 
     def _key(self) -> dict[str, str]:
         request = self.request

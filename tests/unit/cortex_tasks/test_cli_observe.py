@@ -6,6 +6,7 @@ import json
 import sys
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -90,6 +91,21 @@ def test_models_show_the_engine_that_runs_and_why_it_is_not_the_one_asked_for(wo
     text = cortex("models").stdout
     assert f"minilm: {rows['minilm']['engine']}; {refused}" in text
     assert "sentiment: " not in text
+
+
+@pytest.mark.parametrize("backend", ["torch", "auto"])
+def test_models_show_the_default_engine_where_it_was_chosen(
+    worker: Callable[..., None], backend: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    declared = (
+        (Path(__file__).resolve().parents[3] / "queues.yaml")
+        .read_text()
+        .replace("backend: torch", f"backend: {backend}", 1)
+    )
+    (tmp_path / "queues.yaml").write_text(declared)
+    monkeypatch.setenv("CORTEX_QUEUES_FILE", str(tmp_path / "queues.yaml"))
+    worker("a@h", model("minilm", "ready", engine="torch fp32"))
+    assert ("minilm: torch fp32" in cortex("models").stdout) == (backend == "auto")
 
 
 def test_models_without_redis_are_the_declared_ones(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -155,10 +155,18 @@ def test_auto_takes_the_fastest_and_remembers_it(tiny: LoadContext, monkeypatch:
     context = replace(tiny, digest="4" * 64, backend="auto")
     installed = [name for name in LIBRARIES if _installed(name)]
     fastest = min(["torch", *installed], key=lambda name: slow[name])
-    assert _load(context).engine == fastest
+    first = _load(context)
+    assert first.engine == fastest
     slow["torch"] = 0.5
-    assert _load(context).engine == fastest
-    assert _load(replace(context, digest="5" * 64)).engine == "torch"
+    again = _load(context)
+    assert (again.engine, again.figures) == (fastest, first.figures)
+    other = _load(replace(context, digest="5" * 64))
+    assert other.engine == "torch"
+    for adapter in (first, other) if installed else ():
+        said = adapter.figures.partition("fastest of ")[2]
+        assert said.startswith(f"{adapter.engine} "), "the fastest comes first"
+        assert said.endswith(" texts/s")
+        assert all(f"{name} " in said for name in ("torch", *installed))
 
 
 def _installed(backend: str) -> bool:
