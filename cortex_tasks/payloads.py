@@ -148,8 +148,10 @@ class Series(Frozen):
 class Timings(Frozen):
     """Where the time of a job went, in milliseconds.
 
-    ``queue_ms`` runs from submission until the worker took the job up; the other three are the batch's own
-    stages (shared by all items of the batch). ``cached`` says which tier answered without a forward pass.
+    ``queue_ms`` runs from submission until the worker took the job up; the other three are the stages of its batches,
+    each shared by all items of a batch: ``prepare_ms`` before the model, ``forward_ms`` in it, ``finish_ms`` from its
+    output to values. They may overlap, as one batch is finished while the next is in the model; a model in child
+    processes tells all of them as ``forward_ms``. ``cached`` says which tier answered without a forward pass.
     """
 
     queue_ms: float = 0.0

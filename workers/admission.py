@@ -23,7 +23,7 @@ from workers.batching import Ahead, Batch, Batcher, Budget, Group, Waiting
 from workers.registry import Model, Registry
 from workers.runtime import Job
 
-__all__ = ["Admission", "Events", "Slot"]
+__all__ = ["Admission", "Events", "Slot", "fail_inside", "jobs_of"]
 
 logger = logging.getLogger(__name__)
 
@@ -90,6 +90,11 @@ class Admission:
     @property
     def has_incoming(self) -> bool:
         return bool(self._incoming)
+
+    @property
+    def has_more(self) -> bool:
+        """Whether anything is in line, has come in, or is being prepared."""
+        return bool(self._incoming) or len(self._line) > 0 or self._admitting.locked()
 
     @property
     def is_lone(self) -> bool:
@@ -265,6 +270,11 @@ class Admission:
             for index, _ in good:
                 slot = Slot(job, index, None)
                 self._line.add(Waiting(slot, job.group, 1, job.lane, job.deadline_s, alone=True))
+
+
+def jobs_of(slots: Sequence[Slot]) -> list[Job]:
+    """The jobs of these slots, each once."""
+    return list(dict.fromkeys(slot.job for slot in slots))
 
 
 def fail_inside(jobs: Sequence[Job], error: BaseException, events: Events) -> None:

@@ -374,6 +374,7 @@ class CacheDesk(threading.Thread):
             watch = job.watch
             watch.prepare_ms = max(watch.prepare_ms, inner.watch.prepare_ms)
             watch.forward_ms = max(watch.forward_ms, inner.watch.forward_ms)
+            watch.finish_ms = max(watch.finish_ms, inner.watch.finish_ms)
             watch.batch_items = max(watch.batch_items, inner.watch.batch_items)
         return [job] if job.settle(index, outcome) else []
 

@@ -1,9 +1,10 @@
-"""The thread that runs models: takes batches from the line, forwards, settles.
+"""The thread that runs models: takes batches from the line, forwards, has them finished.
 
 One runner serves every model that computes in the worker's own process (so that forward passes never compete for
 the same cores); each model hosted in children has a runner of its own. While a long pass runs, the runner's preparer
 admits what arrives, so that the next batch is ready when the pass ends; an idle runner admits by itself, which spares
-a short pass the hand-over.
+a short pass the hand-over. So it is with the end of a batch: ``workers.finishing`` does it beside the next pass where
+that is worth it.
 
 A pass has all cores to itself, on the runner's thread: so a text that comes alone is answered soonest. Where more than
 a batch waits and the model has a crew, a batch with a part of the budget runs on each of the crew's threads instead,
@@ -13,7 +14,6 @@ or Redis has kept from running. Measured in docs/performance.md.
 
 from __future__ import annotations
 
-import logging
 import threading
 import time
 from collections.abc import Sequence
@@ -23,15 +23,14 @@ from typing import Any, Final, NamedTuple
 from cortex_tasks.errors import CortexError
 from cortex_tasks.payloads import Params
 from workers.adapters import Adapter, Crew, Item
-from workers.admission import Admission, Events, Slot, fail_inside
+from workers.admission import Admission, Events, Slot, jobs_of
 from workers.batching import Batch
+from workers.finishing import Finishing, Passed
 from workers.placement import Placement
 from workers.registry import Model, Registry
 from workers.runtime import Job, as_item_error, forward_isolating
 
 __all__ = ["STOP_GRACE_S", "Runner", "Running"]
-
-logger = logging.getLogger(__name__)
 
 #: A warm shutdown finishes what has started for so long: within the 30 s that supervisors usually grant.
 STOP_GRACE_S: Final = 20.0
@@ -71,6 +70,7 @@ class Runner(threading.Thread):
         self._passes: dict[int, Running] = {}
         #: Guards what passes at the same time may have in common: jobs, a model's counters and its learners.
         self._books = threading.Lock()
+        self._finishing = Finishing(name, registry, events, self._books, self._begin_pass, self._end_pass)
 
     # ------------------------------------------------------------------ called by other threads
 
@@ -88,7 +88,7 @@ class Runner(threading.Thread):
 
     @property
     def running(self) -> tuple[Running, ...]:
-        """The forward passes that are running. May be read by any thread."""
+        """The forward passes that are running, and the finishing of batches. May be read by any thread."""
         return tuple(self._passes.values())
 
     def _notify(self) -> None:
@@ -112,6 +112,7 @@ class Runner(threading.Thread):
             if stopping:
                 self._preparer.join()
                 self._drain()
+                self._finishing.close()
                 return
             if self._admission.has_incoming:
                 self._admission.admit()
@@ -199,43 +200,59 @@ class Runner(threading.Thread):
 
         ``passes``: how many run at the same time, on a thread each; one has all cores.
         """
+        handed_over = False
         try:
-            self._run(batch, passes)
+            handed_over = self._run(batch, passes)
         except BaseException as error:  # a panic of a Rust library is no Exception
-            logger.exception("a batch of %s failed", batch.group.model)
-            with self._books:
-                fail_inside([waiting.payload.job for waiting in batch.items], error, self._events)
-        finally:
+            self._finishing.fail(batch, error)
+        if not handed_over:
             self._registry.release(batch.group.model, len(batch.items))
 
     # ------------------------------------------------------------------------------ a batch runs
 
-    def _run(self, batch: Batch[Slot], passes: int) -> None:
+    def _run(self, batch: Batch[Slot], passes: int) -> bool:
+        """Whether it was handed over, to be finished beside the next one."""
+        if batch.items[0].alone:
+            self._finishing.wait()  # it may kill the worker, and should not take the others' answers along
         with self._books:
             slots = self._wanted(batch)
             if slots:
                 self._start(slots)
         if not slots:
-            return
+            return False
         model = self._registry.model(batch.group.model)
         began_s = time.perf_counter()
         with self._placement if passes == 1 else nullcontext():
             try:
-                outcomes = self._forward(model, batch, slots)
+                passed = self._forward(model, batch, slots)
             finally:
-                # What comes after it may wait for Redis, and is no pass for the watchdog to end.
-                self._passes.pop(threading.get_ident(), None)
+                self._end_pass()
             ended_s = time.perf_counter()
-            for slot in slots:
-                if slot.job.suspect:
-                    self._events.survived(slot.job, slot.index)
-            # All that can wait comes after it: somebody waits for these answers.
             with self._books:
-                self._settle(model, slots, outcomes, began_s, ended_s)
+                self._count(model, slots, began_s, ended_s)
+            beside = passes == 1 and self._may_finish_beside(passed)
+            if not beside:
+                # All that can wait comes after it: somebody waits for these answers.
+                self._finishing.run(passed)
         if passes == 1:
             self._usual_pass_s += 0.2 * (ended_s - began_s - self._usual_pass_s)
         with self._books:
             self._learn(model, batch, slots, passes, ended_s - began_s)
+        if beside:
+            # Not within the placement: a thread that starts there is taken for one that computes.
+            self._finishing.hand_over(passed)
+        return beside
+
+    def _may_finish_beside(self, passed: Passed) -> bool:
+        """Asked when the last one is finished: answers come in the order of their passes."""
+        self._finishing.wait()
+        return self._admission.has_more and self._finishing.pays_beside(passed)
+
+    def _begin_pass(self, alias: str) -> None:
+        self._passes[threading.get_ident()] = Running(alias, time.monotonic())
+
+    def _end_pass(self) -> None:
+        self._passes.pop(threading.get_ident(), None)
 
     def _learn(self, model: Model, batch: Batch[Slot], slots: Sequence[Slot], passes: int, pass_s: float) -> None:
         learner = model.learners.get(batch.group.task)
@@ -252,7 +269,7 @@ class Runner(threading.Thread):
     def _wanted(self, batch: Batch[Slot]) -> list[Slot]:
         """The batch less the items of jobs that were cancelled, expired or may not run any more."""
         slots = [waiting.payload for waiting in batch.items]
-        may_start = {job: self._may_start(job) for job in _jobs_of(slots)}
+        may_start = {job: self._may_start(job) for job in jobs_of(slots)}
         return [slot for slot in slots if may_start[slot.job] and not self._refused(slot)]
 
     def _refused(self, slot: Slot) -> bool:
@@ -280,7 +297,7 @@ class Runner(threading.Thread):
 
     def _start(self, slots: list[Slot]) -> None:
         now_s = time.time()
-        fresh = [job for job in _jobs_of(slots) if not job.started]
+        fresh = [job for job in jobs_of(slots) if not job.started]
         for job in fresh:
             job.started = True
             if job.sent_at_s is not None:
@@ -288,35 +305,27 @@ class Runner(threading.Thread):
         if fresh:
             self._events.started(fresh)
 
-    def _forward(self, model: Model, batch: Batch[Slot], slots: list[Slot]) -> list[object]:
-        """One outcome a slot."""
+    def _forward(self, model: Model, batch: Batch[Slot], slots: list[Slot]) -> Passed:
         adapter, task, params = model.loaded, batch.group.task, slots[0].job.params
-
-        def note_pass() -> None:
-            self._passes[threading.get_ident()] = Running(model.alias, time.monotonic())
-
-        note_pass()
+        self._begin_pass(model.alias)
         items: list[Item] = []
         for slot in slots:
             item = slot.item
             if item is None:
                 prepared = _prepared_alone(adapter, task, slot.job.inputs[slot.index], params)
                 if isinstance(prepared, CortexError):
-                    return [prepared]
+                    return Passed(model, adapter, batch, slots, [], [prepared])
                 item = prepared
             items.append(item)
-        return forward_isolating(adapter, task, items, params, note_pass)
+        raw = forward_isolating(adapter, task, items, params, lambda: self._begin_pass(model.alias))
+        return Passed(model, adapter, batch, slots, items, raw)
 
-    def _settle(self, model: Model, slots: list[Slot], outcomes: list[object], began_s: float, ended_s: float) -> None:
+    def _count(self, model: Model, slots: list[Slot], began_s: float, ended_s: float) -> None:
         model.batches += 1
         model.items += len(slots)
         model.forward_s += ended_s - began_s
-        for job in _jobs_of(slots):
+        for job in jobs_of(slots):
             job.watch.add_pass(began_s, ended_s, len(slots))
-        done = [slot.job for slot, out in zip(slots, outcomes, strict=True) if slot.job.settle(slot.index, out)]
-        if done:
-            model.jobs += len(done)
-            self._events.finished(done)
 
 
 def _prepared_alone(adapter: Adapter, task: str, value: Any, params: Params) -> Item | CortexError:
@@ -324,8 +333,3 @@ def _prepared_alone(adapter: Adapter, task: str, value: Any, params: Params) -> 
         return adapter.prepare(task, [value], params)[0]
     except BaseException as error:  # a panic of a Rust library is no Exception
         return as_item_error(error)
-
-
-def _jobs_of(slots: Sequence[Slot]) -> list[Job]:
-    """The jobs of these slots, each once."""
-    return list(dict.fromkeys(slot.job for slot in slots))

@@ -18,7 +18,7 @@ from cortex_tasks.payloads import CachePolicy, Lane, Params
 from workers.adapters import Adapter, Item
 from workers.batching import Batcher, Budget, Group, Waiting
 
-__all__ = ["Job", "Stopwatch", "answer", "as_item_error", "forward_isolating", "run_alone"]
+__all__ = ["Job", "Stopwatch", "answer", "as_item_error", "finish_isolating", "forward_isolating", "run_alone"]
 
 
 @dataclass(slots=True)
@@ -114,40 +114,49 @@ class Job:
 def forward_isolating(
     adapter: Adapter, task: str, items: Sequence[Item], params: Params, on_pass: Callable[[], None] = lambda: None
 ) -> list[Any]:
-    """Forward and finish; a wire value or a CortexError an item, in order.
+    """A raw output or a CortexError an item, in order. ``on_pass`` is called before each pass."""
 
-    When the batch raises it is cut in half, and so on, so that a bad item fails alone: with k bad ones among n,
-    about k log2 n extra passes. ``on_pass`` is called before each.
+    def run(begin: int, end: int) -> Sequence[Any]:
+        on_pass()
+        return adapter.forward(task, items[begin:end], params)
+
+    return _isolating(run, 0, len(items))
+
+
+def finish_isolating(
+    adapter: Adapter, task: str, items: Sequence[Item], raw: Sequence[Any], params: Params
+) -> list[Any]:
+    """A wire value or a CortexError an item, in order; entries that are errors already stay what they are."""
+    good = [index for index, entry in enumerate(raw) if not isinstance(entry, CortexError)]
+    outcomes = list(raw)
+
+    def run(begin: int, end: int) -> Sequence[Any]:
+        some = good[begin:end]
+        return adapter.finish(task, [items[i] for i in some], [raw[i] for i in some], params)
+
+    for index, value in zip(good, _isolating(run, 0, len(good)) if good else (), strict=True):
+        outcomes[index] = value
+    return outcomes
+
+
+def _isolating(run: Callable[[int, int], Sequence[Any]], begin: int, end: int) -> list[Any]:
+    """What ``run`` makes of the entries from one place to another.
+
+    When it raises they are cut in half, and so on, so that a bad one fails alone: with k bad ones among n, about
+    k log2 n extra runs.
     """
-    on_pass()
     try:
-        raw = adapter.forward(task, items, params)
-        if len(raw) != len(items):
-            raise InferenceFailed(f"the model returned {len(raw)} answers for {len(items)} inputs")
-        return _finish(adapter, task, items, raw, params)
+        made = run(begin, end)
+        if len(made) != end - begin:
+            raise InferenceFailed(f"the model returned {len(made)} answers for {end - begin} inputs")
+        return list(made)
     except (KeyboardInterrupt, SystemExit):
         raise  # a signal's: a stock pool computes on the main thread
     except BaseException as error:  # a panic of a Rust library is no Exception
-        if len(items) == 1:
+        if end - begin == 1:
             return [as_item_error(error)]
-    middle = len(items) // 2
-    return [
-        *forward_isolating(adapter, task, items[:middle], params, on_pass),
-        *forward_isolating(adapter, task, items[middle:], params, on_pass),
-    ]
-
-
-def _finish(adapter: Adapter, task: str, items: Sequence[Item], raw: Sequence[Any], params: Params) -> list[Any]:
-    """Finish the items that forward answered; entries that are errors already stay what they are."""
-    good = [index for index, entry in enumerate(raw) if not isinstance(entry, CortexError)]
-    outcomes = list(raw)
-    if good:
-        values = adapter.finish(task, [items[i] for i in good], [raw[i] for i in good], params)
-        if len(values) != len(good):
-            raise InferenceFailed(f"the adapter finished {len(values)} of {len(good)} answers")
-        for index, value in zip(good, values, strict=True):
-            outcomes[index] = value
-    return outcomes
+    middle = (begin + end) // 2
+    return [*_isolating(run, begin, middle), *_isolating(run, middle, end)]
 
 
 def as_item_error(error: BaseException) -> CortexError:
@@ -206,7 +215,10 @@ def run_alone(job: Job, adapter: Adapter, budget: Budget, clock: Callable[[], fl
     while (batch := line.take(lambda _: budget)) is not None:
         began_s = clock()
         places, items = zip(*(waiting.payload for waiting in batch.items), strict=True)
-        values = forward_isolating(adapter, job.task, items, job.params)
-        job.watch.add_pass(began_s, clock(), len(items))
+        raw = forward_isolating(adapter, job.task, items, job.params)
+        ended_s = clock()
+        job.watch.add_pass(began_s, ended_s, len(items))
+        values = finish_isolating(adapter, job.task, items, raw, job.params)
+        job.watch.finish_ms += (clock() - ended_s) * 1e3
         for index, value in zip(places, values, strict=True):
             job.settle(index, value)

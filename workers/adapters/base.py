@@ -71,8 +71,8 @@ class Memo(Protocol):
 
 
 class Adapter(ABC):
-    """A loaded model. One thread at a time calls ``forward``, or each thread of its crew; another may call ``prepare``
-    meanwhile."""
+    """A loaded model. One thread at a time calls ``forward``, or each thread of its crew; others may call ``prepare``
+    and ``finish`` meanwhile."""
 
     #: Bump when a change here changes answers: it is part of the model's revision.
     version: ClassVar[str] = "1"

@@ -64,6 +64,26 @@ def test_a_backlog_is_prepared_in_portions_that_the_other_lane_does_not_wait_for
     assert not bench.admission.has_incoming
 
 
+def test_there_is_more_while_a_job_comes_in_is_prepared_or_stands_in_line() -> None:
+    seen: list[bool] = []
+
+    class Looks(StubAdapter):
+        def prepare(self, task: str, inputs: Sequence[Any], params: Params) -> list[Item | CortexError]:
+            seen.append(bench.admission.has_more)
+            return super().prepare(task, inputs, params)
+
+    bench = Bench()
+    bench.registry.model("m").adapter = Looks()
+    assert not bench.admission.has_more
+    bench.admission.put(job("a", "x"))
+    assert bench.admission.has_more
+    bench.admission.admit()
+    assert seen == [True]
+    assert bench.admission.has_more
+    assert bench.line() == [[("a", 0)]]
+    assert not bench.admission.has_more
+
+
 def test_a_portion_is_no_less_than_a_batch() -> None:
     bench = Bench(m={"batching": {"max_padded_tokens": 50_000}})
     bench.admit(*(job(str(at), "x" * 30_000, lane="bulk") for at in range(7)))

@@ -130,6 +130,18 @@ def test_an_unknown_job_is_computed_stored_and_answered(bench: Bench) -> None:
     assert {entry.ttl_s for entry in entries} == {3_600}
 
 
+def test_a_job_tells_what_the_stages_of_its_computation_took() -> None:
+    bench = Bench()
+    outer = job("outer", "a")
+    bench.arrive(outer)
+    watch = bench.inner[0].watch
+    watch.prepare_ms, watch.finish_ms = 2.0, 4.0
+    watch.add_pass(1.0, 1.5, items=3)
+    bench.compute()
+    told = outer.watch
+    assert (told.prepare_ms, told.forward_ms, told.finish_ms, told.batch_items) == (2.0, 500.0, 4.0, 3)
+
+
 def test_what_is_known_is_not_computed(bench: Bench) -> None:
     bench.arrive(job("1", "a"))
     bench.compute()

@@ -15,8 +15,9 @@ from cortex_tasks.errors import CortexError, InferenceFailed, InvalidInput
 from cortex_tasks.payloads import EmbedParams, Params
 from tests.support.stub_models import Panic
 from workers.adapters import Adapter, Item, LoadContext
+from workers.adapters.base import WireValue
 from workers.batching import Budget
-from workers.runtime import Job, Stopwatch, answer, forward_isolating, run_alone
+from workers.runtime import Job, Stopwatch, answer, finish_isolating, forward_isolating, run_alone
 
 
 class Fragile(Adapter):
@@ -105,6 +106,40 @@ def test_an_adapter_may_fail_one_item_by_itself() -> None:
     assert [isinstance(outcome, CortexError) for outcome in outcomes] == [False, True, False, True]
 
 
+class BadEnds(Fragile):
+    """Cannot finish what is bad, in the way that ``error`` says: raises it, or (None) loses an answer."""
+
+    def __init__(self, bad: set[int], error: BaseException | None) -> None:
+        super().__init__(set())
+        self.cannot_finish, self.error = bad, error
+
+    def finish(self, task: str, items: Sequence[Item], raw: Sequence[Any], params: Params) -> list[WireValue]:
+        if not any(item.data in self.cannot_finish for item in items):
+            return [{"n": entry["n"], "finished": True} for entry in raw]
+        if self.error is not None:
+            raise self.error
+        return []
+
+
+@pytest.mark.parametrize("error", [RuntimeError("cannot say it"), Panic("cannot say it"), None])
+def test_an_item_that_cannot_be_finished_fails_alone_without_another_pass(error: BaseException | None) -> None:
+    adapter = BadEnds({2, 5}, error)
+    items = [Item(n) for n in range(8)]
+    raw = forward_isolating(adapter, "embed", items, EmbedParams())
+    refused = raw[3] = InvalidInput("odd")
+    outcomes = finish_isolating(adapter, "embed", items, raw, EmbedParams())
+    assert [isinstance(outcomes.pop(at), InferenceFailed) for at in (5, 2)] == [True, True]
+    assert outcomes.pop(2) is refused
+    assert outcomes == [{"n": n, "finished": True} for n in (0, 1, 4, 6, 7)]
+    assert adapter.passes == 1
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), SystemExit(1)])
+def test_a_signal_while_items_are_finished_is_no_items_failure(error: BaseException) -> None:
+    with pytest.raises(type(error)):
+        finish_isolating(BadEnds({0}, error), "embed", [Item(0)], [{"n": 0}], EmbedParams())
+
+
 @pytest.mark.parametrize("packed", [False, True])
 def test_the_answer_keeps_order_and_errors(packed: bool) -> None:
     job = Job("id", "m", "embed", EmbedParams(), [0, InvalidInput("refused", {"limit": 1}), 7], packed=packed)
@@ -153,6 +188,29 @@ def test_a_job_by_itself_runs_in_passes_that_keep_to_the_budget() -> None:
 
 
 # ------------------------------------------------------------------------------------------------ timings
+
+
+def test_a_job_by_itself_tells_each_stage_by_its_own_time() -> None:
+    class Takes(Fragile):
+        now_s = 0.0
+
+        def prepare(self, task: str, inputs: Sequence[Any], params: Params) -> list[Item | CortexError]:
+            self.now_s += 0.25
+            return super().prepare(task, inputs, params)
+
+        def forward(self, task: str, items: Sequence[Item], params: Params) -> Sequence[Any]:
+            self.now_s += 2.0
+            return super().forward(task, items, params)
+
+        def finish(self, task: str, items: Sequence[Item], raw: Sequence[Any], params: Params) -> list[WireValue]:
+            self.now_s += 0.5
+            return super().finish(task, items, raw, params)
+
+    adapter = Takes(set())
+    job = Job("id", "m", "embed", EmbedParams(), [0, 1, 2])
+    run_alone(job, adapter, Budget(2, 100), clock=lambda: adapter.now_s)
+    timings = answer(job, "rev").timings
+    assert (timings["prepare_ms"], timings["forward_ms"], timings["finish_ms"]) == (250.0, 4_000.0, 1_000.0)
 
 
 def test_what_passes_share_counts_once() -> None:
