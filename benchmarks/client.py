@@ -21,6 +21,8 @@ from cortex_tasks import AsyncCortex, Cortex
 
 #: Nothing that is measured takes as long; what does has gone wrong.
 _TIMEOUT_S: Final = 120.0
+#: What a worker says of an answer.
+_TIMINGS: Final = ("queue_ms", "prepare_ms", "forward_ms", "finish_ms", "batch_items")
 _KINDS: Final = {"short": texts.short, "varied": texts.varied}
 
 
@@ -163,7 +165,8 @@ class _Turns:
 def arrivals(*, model: str, seed: int, rate_per_s: float, seconds: float) -> dict[str, Any]:
     """Single texts that arrive as they would from many strangers (Poisson), whether or not answers keep up.
 
-    A call's milliseconds count from when it was due to arrive, so that a stall is charged to all it delayed.
+    A call's milliseconds count from when it was due to arrive, so that a stall is charged to all it delayed. Of each
+    answer, in the order in which they came, also when it did (epoch seconds) and the worker's timings.
     """
     random_s = random.Random(seed).expovariate
     due_s: list[float] = []
@@ -171,15 +174,17 @@ def arrivals(*, model: str, seed: int, rate_per_s: float, seconds: float) -> dic
     while at_s < seconds or not due_s:
         due_s.append(at_s)
         at_s += random_s(rate_per_s)
-    return {"latencies_ms": asyncio.run(_arrivals(model, texts.varied(seed), due_s))}
+    return {"answers": asyncio.run(_arrivals(model, texts.varied(seed), due_s))}
 
 
-async def _arrivals(model: str, source: Iterator[str], due_s: list[float]) -> list[float]:
-    latencies_ms = []
+async def _arrivals(model: str, source: Iterator[str], due_s: list[float]) -> list[dict[str, float]]:
+    answers = []
 
     async def call(cortex: AsyncCortex, text: str, due_s: float) -> None:
-        await cortex.embed(text, model=model, cache="off")
-        latencies_ms.append((time.perf_counter() - due_s) * 1e3)
+        found = (await cortex.embed(text, model=model, cache="off")).timings
+        latency_ms, answered_at = (time.perf_counter() - due_s) * 1e3, time.time()
+        stages = {name: getattr(found, name) for name in _TIMINGS}
+        answers.append({"latency_ms": latency_ms, "answered_at": answered_at, **stages})
 
     async with AsyncCortex(timeout_s=_TIMEOUT_S) as cortex:
         await cortex.embed("The first call also connects.", model=model, cache="off")
@@ -188,7 +193,7 @@ async def _arrivals(model: str, source: Iterator[str], due_s: list[float]) -> li
             for text, at_s in zip(source, due_s, strict=False):
                 await asyncio.sleep(max(0.0, began_s + at_s - time.perf_counter()))
                 group.create_task(call(cortex, text, began_s + at_s))
-    return latencies_ms
+    return answers
 
 
 if __name__ == "__main__":

@@ -35,7 +35,15 @@ FIELDS = {
         "map_of_faster_raw_ratio",
         "singles_of_faster_raw_ratio",
     ),
-    "latency": ("idle_overhead_ms", "idle_p99_ms", "interactive_p99_under_bulk_ms", "bulk_batch_ms"),
+    "latency": (
+        "idle_overhead_ms",
+        "idle_p99_ms",
+        "interactive_p99_under_bulk_ms",
+        "bulk_batch_ms",
+        "bulk_batch_next_to_interactive_ms",
+        "interactive_limit_ms",
+        "interactive_brief_limit_ms",
+    ),
     "memory": ("pss_copies_4", "warm_load_ratio", "cold_load_ms", "l2_load_ms", "l2_mb_per_s", "redis_mb_per_s"),
     "cache": (
         "map_hits_per_s",
