@@ -16,7 +16,7 @@ from json.encoder import JSONEncoder, encode_basestring
 from typing import Any, Final
 
 from cortex_tasks.catalog import TaskSpec
-from cortex_tasks.codec import HEADER, priority_of, queue_key, queue_keys
+from cortex_tasks.codec import HEADER, is_reply_channel, priority_of, queue_key, queue_keys
 from cortex_tasks.payloads import CachePolicy, Lane, Series
 
 __all__ = ["PUSH_SCRIPT", "SHOWN_CHARS", "Envelope", "new_id", "push_arguments", "revoke_message", "short_repr"]
@@ -96,7 +96,8 @@ class Envelope:
         cache: CachePolicy,
         reply_to: str,
     ) -> None:
-        """``options``: the task's keyword arguments beside its inputs, in JSON types."""
+        """``options``: the task's keyword arguments beside its inputs, in JSON types. ``reply_to``: a reply channel,
+        or any other id for answers in plain JSON that are not announced."""
         self.queue = queue
         self.lane = lane
         #: Jobs waiting in the queue beyond which a push is refused.
@@ -107,7 +108,7 @@ class Envelope:
         self._options = short_options(options)
         callbacks = dict.fromkeys(("callbacks", "errbacks", "chain", "chord"))
         self._body_end = f",{_encode(options)[1:]},{_encode(callbacks)}]"
-        self._headers = _encode(_static_headers(spec, cache)).removesuffix("}}")
+        self._headers = _encode(_static_headers(spec, cache, reply_to)).removesuffix("}}")
         self._properties = _encode(_static_properties(queue, lane, reply_to)).removesuffix("}")
 
     def seal(self, job_id: str, inputs: Sequence[Any], *, sent_at: float, deadline_s: float | None = None) -> bytes:
@@ -128,7 +129,7 @@ class Envelope:
         ).encode()
 
 
-def _static_headers(spec: TaskSpec, cache: CachePolicy) -> dict[str, Any]:
+def _static_headers(spec: TaskSpec, cache: CachePolicy, reply_to: str) -> dict[str, Any]:
     """Celery's headers that do not change from job to job; Cortex's own comes last, for ``sent_at`` to follow."""
     return {
         "lang": "py",
@@ -146,7 +147,7 @@ def _static_headers(spec: TaskSpec, cache: CachePolicy) -> dict[str, Any]:
         "replaced_task_nesting": 0,
         "stamped_headers": None,
         "stamps": {},
-        HEADER: {"packed": True, "cache": cache},
+        HEADER: {"packed": is_reply_channel(reply_to), "cache": cache},
     }
 
 

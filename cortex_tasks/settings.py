@@ -155,6 +155,9 @@ class Settings(BaseModel):
     transport: Literal["cortex", "stock"] = "cortex"
     backend: Literal["cortex", "stock"] = "cortex"
     tracer: Literal["cortex", "stock"] = "cortex"
+    #: The same for clients: how jobs are published, and how answers come back.
+    publish: Literal["cortex", "stock"] = "cortex"
+    replies: Literal["cortex", "stock"] = "cortex"
     #: How long a warm shutdown goes on with jobs that have started.
     stop_grace_s: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 20.0
     #: Whether a worker moves its objects to huge pages, where the kernel has them.

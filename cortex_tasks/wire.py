@@ -24,7 +24,7 @@ from redis.exceptions import (
     ResponseError,
 )
 
-from cortex_tasks.codec import Heard, queue_keys, read_reply, result_key
+from cortex_tasks.codec import Heard, is_reply_channel, queue_keys, read_reply, result_key
 from cortex_tasks.config import Settings, mask_url
 from cortex_tasks.errors import BrokerUnavailable, ConfigError
 from cortex_tasks.lines import AsyncLine, AsyncScriptLine, ScriptLine, outdated, packed
@@ -63,7 +63,10 @@ class Wire(Protocol):
         """The stored result metas of jobs, in one round trip; None where there is none yet."""
 
     def listen(self, channel: str) -> None:
-        """Subscribe, on a connection of its own. Returns when the subscription stands."""
+        """Subscribe, on a connection of its own. Returns when the subscription stands.
+
+        Where ``channel`` is no reply channel nobody announces anything, and answers are polled for.
+        """
 
     def receive(self, timeout_s: float) -> list[Heard]:
         """Finished jobs that were announced, some with their result meta; waits for the first up to ``timeout_s``."""
@@ -213,6 +216,8 @@ class RedisWire:
 
     def listen(self, channel: str) -> None:
         self.unlisten()
+        if not is_reply_channel(channel):
+            return
         with _reaching(self._results_url), _no_permission(channel):
             pubsub = self._listener.pubsub()
             pubsub.subscribe(channel)
@@ -309,6 +314,8 @@ class AsyncRedisWire:
         self, channel: str, heard: Callable[[list[Heard]], None], lost: Callable[[BrokerUnavailable], None]
     ) -> None:
         await self.unlisten()
+        if not is_reply_channel(channel):
+            return
         url = self._results_url
         with _reaching(url), _no_permission(channel):
             line = await Subscription.open(

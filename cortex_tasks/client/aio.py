@@ -18,6 +18,7 @@ from cortex_tasks.client.core import Core, Draft, Order, Plan, Sifted, batches, 
 from cortex_tasks.client.jobs import AsyncJob
 from cortex_tasks.client.map import Window, astream
 from cortex_tasks.client.progress import Progress
+from cortex_tasks.client.switches import async_wire_of, core_of
 from cortex_tasks.config import FleetConfig
 from cortex_tasks.errors import BrokerUnavailable, CortexError
 from cortex_tasks.inputs import check_many, is_single
@@ -25,7 +26,7 @@ from cortex_tasks.payloads import CachePolicy, Lane
 from cortex_tasks.replies import AsyncReplies
 from cortex_tasks.results import JobResult
 from cortex_tasks.settings import Settings, mask_url
-from cortex_tasks.wire import AsyncRedisWire, AsyncWire
+from cortex_tasks.wire import AsyncWire
 
 __all__ = ["AsyncCortex"]
 
@@ -41,7 +42,7 @@ class _Link:
         self.wire = wire
         self.core, self.cache = core, cache
         core.shelf = cache.shelf if cache is not None else None
-        self.replies = AsyncReplies(wire, core.channel)
+        self.replies = AsyncReplies(wire, core.reply_to)
         self.singles = LoopCoalescer(self)
         #: The streams under way, and the last words of those that were left early.
         self.streams: set[object] = set()
@@ -179,7 +180,12 @@ class AsyncCortex:
             near = fleet.cache.near
             return AsyncCache(chosen, Shelf(near.size, near.ttl_s, sampler=Sampler.of(fleet.cache_warming)))
 
-        self._set_up(lambda: AsyncRedisWire(chosen), lambda: Core(fleet, timeout_s), mask_url(chosen.broker), cache)
+        self._set_up(
+            lambda: async_wire_of(chosen, fleet),
+            lambda: core_of(chosen, fleet, timeout_s),
+            mask_url(chosen.broker),
+            cache,
+        )
 
     @classmethod
     def _over(
@@ -364,12 +370,14 @@ class AsyncCortex:
     async def _ask(self, task: str, inputs: Any, options: dict[str, Any]) -> Any:
         link = self._link()
         plan = link.core.plan(task, **options)
-        if is_single(task, inputs):
+        single = is_single(task, inputs)
+        if single and link.core.coalesces:
             value = plan.check(inputs)
             known = link.nearby(plan, value)
             return known if known is not None else await link.singles.ask(plan, value)
-        order = await link.order(plan, plan.sift(inputs))
+        order = await link.order(plan, plan.sift_one(inputs) if single else plan.sift(inputs))
         tickets = await link.send(order)
         with link.replies.giving_up(tickets):
             await link.wait(plan, tickets, plan.timeout_s)
-        return order.result([ticket.outcome for ticket in tickets if ticket.outcome is not None])
+        result = order.result([ticket.outcome for ticket in tickets if ticket.outcome is not None])
+        return result.values()[0] if single else result

@@ -271,16 +271,14 @@ class Core:
     fleet: FleetConfig
     timeout_s: float
     clock: Callable[[], float] = time.time
-    #: Names this client's reply channel.
-    client_id: str = field(default_factory=lambda: uuid4().hex)
+    #: Of every job: this client's reply channel, or a bare id, as stock Celery has it there.
+    reply_to: str = field(default_factory=lambda: reply_channel(uuid4().hex))
+    #: Whether single inputs that are asked for at the same moment share a message.
+    coalesces: bool = True
     #: None: the cache is never asked.
     shelf: Shelf | None = None
     _envelopes: dict[Any, Envelope] = field(default_factory=dict)
     _plans: dict[Any, Plan] = field(default_factory=dict)
-
-    @property
-    def channel(self) -> str:
-        return reply_channel(self.client_id)
 
     def plan(self, task: str, **options: Any) -> Plan:
         """Check everything but the inputs. Raises UnknownTask, UnknownModel, InvalidParameter.
@@ -334,7 +332,7 @@ class Core:
                 limit_jobs=config.limits.queue_jobs,
                 lane=lane,
                 cache=cache,
-                reply_to=self.channel,
+                reply_to=self.reply_to,
             )
         return Plan(
             spec=spec,

@@ -20,6 +20,7 @@ from cortex_tasks.client.core import Core, Draft, Order, Plan, Sifted, batches, 
 from cortex_tasks.client.jobs import Job
 from cortex_tasks.client.map import Window, stream
 from cortex_tasks.client.progress import Progress
+from cortex_tasks.client.switches import core_of, wire_of
 from cortex_tasks.config import FleetConfig
 from cortex_tasks.errors import BrokerUnavailable, CortexError
 from cortex_tasks.inputs import check_many, is_single
@@ -27,7 +28,7 @@ from cortex_tasks.payloads import CachePolicy, Lane
 from cortex_tasks.replies import Replies
 from cortex_tasks.results import JobResult
 from cortex_tasks.settings import Settings, mask_url
-from cortex_tasks.wire import RedisWire, Wire
+from cortex_tasks.wire import Wire
 
 __all__ = ["Cortex"]
 
@@ -41,7 +42,7 @@ class _Link:
         self.wire = wire
         self.core, self.cache = core, cache
         core.shelf = cache.shelf if cache is not None else None
-        self.replies = Replies(wire, core.channel)
+        self.replies = Replies(wire, core.reply_to)
         self.singles = ThreadCoalescer(self)
         self.closed = False
 
@@ -138,7 +139,9 @@ class Cortex:
             near = fleet.cache.near
             return Cache(chosen, Shelf(near.size, near.ttl_s, sampler=Sampler.of(fleet.cache_warming)))
 
-        self._set_up(lambda: RedisWire(chosen), lambda: Core(fleet, timeout_s), mask_url(chosen.broker), cache)
+        self._set_up(
+            lambda: wire_of(chosen, fleet), lambda: core_of(chosen, fleet, timeout_s), mask_url(chosen.broker), cache
+        )
 
     @classmethod
     def _over(cls, wire: Callable[[], Wire], fleet: FleetConfig, timeout_s: float, clock: Callable[[], float]) -> Self:
@@ -340,15 +343,17 @@ class Cortex:
     def _ask(self, task: str, inputs: Any, options: dict[str, Any]) -> Any:
         link = self._link()
         plan = link.core.plan(task, **options)
-        if is_single(task, inputs):
+        single = is_single(task, inputs)
+        if single and link.core.coalesces:
             value = plan.check(inputs)
             known = link.nearby(plan, value)
             return known if known is not None else link.singles.ask(plan, value)
-        order = link.order(plan, plan.sift(inputs))
+        order = link.order(plan, plan.sift_one(inputs) if single else plan.sift(inputs))
         tickets = link.send(order)
         with link.replies.giving_up(tickets):
             link.wait(plan, tickets, plan.timeout_s)
-        return order.result([ticket.outcome for ticket in tickets if ticket.outcome is not None])
+        result = order.result([ticket.outcome for ticket in tickets if ticket.outcome is not None])
+        return result.values()[0] if single else result
 
 
 #: Who has to forget the parent's connections in a forked child.

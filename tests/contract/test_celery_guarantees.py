@@ -1,12 +1,13 @@
 """What Celery promises, kept by every hook and by stock: one suite over all of them.
 
-The client here is a plain Celery app that knows nothing of Cortex but the name of its tasks and queues.
+The client is first a plain Celery app that knows nothing of Cortex but the name of its tasks and queues; then Cortex's
+own clients, with each of their switches.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,7 +17,11 @@ from celery import Celery, chain, chord, group
 from celery.exceptions import TaskRevokedError
 
 import cortex_tasks.errors
+from cortex_tasks import DeadlineExceeded, InferenceFailed, InvalidInput, ModelUnavailable, QueueFull
+from cortex_tasks.codec import queue_keys
+from cortex_tasks.config import FleetConfig
 from cortex_tasks.echo import echo_vector
+from tests.support.any_client import CLIENTS, AnyClient, any_client
 from tests.support.redis_server import RedisServer
 from tests.support.worker_process import WorkerProcess, poll_until
 
@@ -83,6 +88,14 @@ def bench(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
         yield Bench(request.param, worker, app, client, gate)
         app.close()
         client.close()
+
+
+@pytest.fixture(params=CLIENTS)
+def client(request: pytest.FixtureRequest, bench: Bench, echo_fleet: FleetConfig) -> Iterator[AnyClient]:
+    """One of Cortex's own clients of the running worker."""
+    made = any_client(request.param, bench.worker.url, echo_fleet)
+    yield made
+    made.close()
 
 
 def unpack(data: bytes) -> tuple[float, ...]:
@@ -213,6 +226,75 @@ def test_inspect_answers(bench: Bench) -> None:
     assert "cortex.embed" in registered
 
 
+# ------------------------------------------------------------------------------------------ Cortex's own clients
+
+
+def owns(items: Iterable[Any], texts: Iterable[str]) -> bool:
+    """Whether these are the embeddings of these texts, in this order."""
+    return [item.vector.tolist() for item in items] == [pytest.approx(echo_vector(text), abs=1e-6) for text in texts]
+
+
+def test_a_clients_answers_are_each_calls_own(bench: Bench, client: AnyClient) -> None:
+    fresh = {"model": "echo", "cache": "off"}
+    assert owns([client.embed("single", **fresh)], ["single"])
+    together = [f"together {n}" for n in range(20)]
+    assert owns(client.embed_at_once(together, **fresh), together)
+    listed = [f"listed {n}" for n in range(300)]
+    assert owns(client.embed(listed, **fresh), listed)
+    mapped = [f"mapped {n}" for n in range(100)]
+    assert owns(client.map(iter(mapped), chunk=8, window=8, **fresh), mapped)
+    job = client.submit(["one", "two"], **fresh)
+    assert owns(client.result(job), ["one", "two"])
+    # Whatever the client's and the worker's switches: a plain Celery app reads what is stored.
+    stored = bench.app.AsyncResult(job.id).get(timeout=20)["items"]
+    assert [unpack(item["value"]["data"]) for item in stored] == [
+        pytest.approx(echo_vector(text), abs=1e-6) for text in ("one", "two")
+    ]
+
+
+def test_a_clients_errors_are_typed_and_its_neighbours_answered(client: AnyClient) -> None:
+    for text, error in (("", InvalidInput), ("[[echo:fail]]", InferenceFailed)):
+        with pytest.raises(error):
+            client.embed(text, model="echo")
+    fine, empty, failed, last = client.embed(["fine", "", "[[echo:fail]]", "last"], model="echo", cache="off")
+    assert owns([fine, last], ["fine", "last"])
+    assert [type(empty), type(failed)] == [InvalidInput, InferenceFailed]
+    with pytest.raises(ModelUnavailable):
+        client.embed("text", model="absent")
+
+
+def test_a_clients_job_past_its_deadline_is_not_computed(client: AnyClient) -> None:
+    with pytest.raises(DeadlineExceeded):
+        client.result(client.submit("late", model="slow", deadline_s=1e-6, cache="off"))
+
+
 def test_nothing_is_left_unacknowledged(bench: Bench) -> None:
     bench.send(["last"]).get(timeout=20)
     poll_until(lambda: bench.redis.hlen("unacked") == 0, "every message acknowledged", 20)
+
+
+# ------------------------------------------------------------------------------------------- no worker needed
+
+
+@pytest.mark.parametrize("name", CLIENTS)
+def test_a_clients_queue_has_its_limit(name: str, redis_url: str, echo_fleet: FleetConfig) -> None:
+    raw = echo_fleet.model_dump(mode="json")
+    raw["models"]["orphan"]["limits"]["queue_jobs"] = 5
+    client = any_client(name, redis_url, FleetConfig.model_validate(raw))
+
+    def depth() -> int:
+        with redis.Redis.from_url(redis_url) as server:
+            return sum(server.llen(key) for key in queue_keys("orphan"))  # type: ignore[misc]
+
+    try:
+        with pytest.raises(QueueFull, match="holds 0 jobs of at most 5: 6 more were refused"):
+            client.embed([f"listed {n}" for n in range(6 * 256)], model="orphan")
+        assert depth() == 0, "all or none"
+        answers = client.submit_at_once([f"job {n}" for n in range(12)], model="orphan")
+        assert sum(isinstance(answer, QueueFull) for answer in answers) == 7
+        assert depth() == 5
+        with pytest.raises(QueueFull, match="holds 5 jobs") as refused:
+            client.embed("one more", model="orphan")
+        assert refused.value.details["retry_after_s"] > 0
+    finally:
+        client.close()
