@@ -115,3 +115,7 @@ class AsyncStockWire(AsyncRedisWire):
     async def close(self) -> None:
         await asyncio.to_thread(self._sender.close)
         await super().close()
+
+    def drop(self) -> None:
+        self._sender.close()
+        super().drop()
