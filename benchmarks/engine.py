@@ -31,8 +31,11 @@ _TASK: Final = "embed"
 _PARAMS: Final = EmbedParams()
 #: Padded tokens of a batch that are tried; with the largest the model's limit of items is what ends most batches.
 _BUDGETS: Final = (512, 1_024, 2_048, 4_096, 8_192, 16_384)
-#: Several of the largest batches.
+#: Texts of a trial, where there is time for them: several of the largest batches; and where there is not.
 _TRIAL_TEXTS: Final = 640
+_FEWEST_TEXTS: Final = 128
+#: Texts of a trial for each second that all of them may take.
+_TEXTS_A_SECOND: Final = 32
 _KINDS: Final = {"short": texts.short, "varied": texts.varied}
 
 calm_openmp()
@@ -97,10 +100,11 @@ def budget(*, seconds: float, apart: bool = False) -> dict[str, Any]:
     tried compare; on a GPU the largest that the model allows. ``seconds``: how long to try."""
     if device() != "cpu":
         return {"tokens": _limits().max_padded_tokens, "shares": {}}
+    count = max(_FEWEST_TEXTS, min(_TRIAL_TEXTS, int(_TEXTS_A_SECOND * seconds)))
 
     def per_s(tokens: int, turn: int) -> float:
         command = rate_apart if apart else rate
-        return float(command(seed=-3 - turn, count=_TRIAL_TEXTS, budget_tokens=tokens)["per_s"])
+        return float(command(seed=-3 - turn, count=count, budget_tokens=tokens)["per_s"])
 
     shares = shares_of_fastest(per_s, _BUDGETS, seconds)
     return {"tokens": max(shares, key=shares.__getitem__), "shares": shares}
