@@ -16,11 +16,11 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from workers.adapters import Adapter, Item
-from workers.admission import Events, Slot, fail_inside, jobs_of
+from workers.admission import Events, Slot, fail_inside
 from workers.batching import Batch
 from workers.model import Model
 from workers.registry import Registry
-from workers.runtime import finish_isolating
+from workers.runtime import Job, finish_isolating
 
 __all__ = ["Finishing", "Passed"]
 
@@ -29,8 +29,10 @@ logger = logging.getLogger(__name__)
 #: A batch is handed over when those of its kind usually take longer to finish. The hand-over itself takes some 20 us;
 #: but Python code that finishes keeps the interpreter from the pass beside it for up to 5 ms at a time.
 _WORTH_S: Final = 0.001
-#: The part that a new measurement has in what is usual.
-_NEWS: Final = 0.2
+#: The part that a longer, and a shorter, time has in what is usual: a thread that was kept from running for once
+#: says little.
+_SLOWER: Final = 0.2
+_FASTER: Final = 0.5
 
 
 @dataclass(slots=True, eq=False)
@@ -40,6 +42,8 @@ class Passed:
     model: Model
     adapter: Adapter
     batch: Batch[Slot]
+    #: Whose items ran, each once.
+    jobs: list[Job]
     #: Those of the batch that ran, and for each the item and its raw output, or a CortexError.
     slots: list[Slot]
     items: Sequence[Item]
@@ -127,12 +131,12 @@ class Finishing:
             self._registry.release(passed.model.alias, len(passed.batch.items))
 
     def _settle(self, passed: Passed, outcomes: Sequence[Any], took_s: float) -> None:
-        model, slots, task = passed.model, passed.slots, passed.batch.group.task
-        usual_s = self._usual_s.get((model.alias, task), 0.0)
-        self._usual_s[model.alias, task] = usual_s + _NEWS * (took_s - usual_s)
-        for job in jobs_of(slots):
+        model, kind = passed.model, (passed.model.alias, passed.batch.group.task)
+        usual_s = self._usual_s.get(kind, 0.0)
+        self._usual_s[kind] = usual_s + (_SLOWER if took_s > usual_s else _FASTER) * (took_s - usual_s)
+        for job in passed.jobs:
             job.watch.finish_ms += took_s * 1e3
-        done = [slot.job for slot, out in zip(slots, outcomes, strict=True) if slot.job.settle(slot.index, out)]
+        done = [slot.job for slot, out in zip(passed.slots, outcomes, strict=True) if slot.job.settle(slot.index, out)]
         if done:
             model.jobs += len(done)
             self._events.finished(done)

@@ -205,8 +205,9 @@ class Runner(threading.Thread):
             handed_over = self._run(batch, passes)
         except BaseException as error:  # a panic of a Rust library is no Exception
             self._finishing.fail(batch, error)
-        if not handed_over:
-            self._registry.release(batch.group.model, len(batch.items))
+        finally:
+            if not handed_over:
+                self._registry.release(batch.group.model, len(batch.items))
 
     # ------------------------------------------------------------------------------ a batch runs
 
@@ -216,20 +217,21 @@ class Runner(threading.Thread):
             self._finishing.wait()  # it may kill the worker, and should not take the others' answers along
         with self._books:
             slots = self._wanted(batch)
+            jobs = jobs_of(slots)
             if slots:
-                self._start(slots)
+                self._start(jobs)
         if not slots:
             return False
         model = self._registry.model(batch.group.model)
         began_s = time.perf_counter()
         with self._placement if passes == 1 else nullcontext():
             try:
-                passed = self._forward(model, batch, slots)
+                passed = self._forward(model, batch, slots, jobs)
             finally:
                 self._end_pass()
             ended_s = time.perf_counter()
             with self._books:
-                self._count(model, slots, began_s, ended_s)
+                self._count(passed, began_s, ended_s)
             beside = passes == 1 and self._may_finish_beside(passed)
             if not beside:
                 # All that can wait comes after it: somebody waits for these answers.
@@ -295,9 +297,9 @@ class Runner(threading.Thread):
             return False
         return True
 
-    def _start(self, slots: list[Slot]) -> None:
+    def _start(self, jobs: list[Job]) -> None:
         now_s = time.time()
-        fresh = [job for job in jobs_of(slots) if not job.started]
+        fresh = [job for job in jobs if not job.started]
         for job in fresh:
             job.started = True
             if job.sent_at_s is not None:
@@ -305,7 +307,7 @@ class Runner(threading.Thread):
         if fresh:
             self._events.started(fresh)
 
-    def _forward(self, model: Model, batch: Batch[Slot], slots: list[Slot]) -> Passed:
+    def _forward(self, model: Model, batch: Batch[Slot], slots: list[Slot], jobs: list[Job]) -> Passed:
         adapter, task, params = model.loaded, batch.group.task, slots[0].job.params
         self._begin_pass(model.alias)
         items: list[Item] = []
@@ -314,18 +316,19 @@ class Runner(threading.Thread):
             if item is None:
                 prepared = _prepared_alone(adapter, task, slot.job.inputs[slot.index], params)
                 if isinstance(prepared, CortexError):
-                    return Passed(model, adapter, batch, slots, [], [prepared])
+                    return Passed(model, adapter, batch, jobs, slots, [], [prepared])
                 item = prepared
             items.append(item)
         raw = forward_isolating(adapter, task, items, params, lambda: self._begin_pass(model.alias))
-        return Passed(model, adapter, batch, slots, items, raw)
+        return Passed(model, adapter, batch, jobs, slots, items, raw)
 
-    def _count(self, model: Model, slots: list[Slot], began_s: float, ended_s: float) -> None:
+    def _count(self, passed: Passed, began_s: float, ended_s: float) -> None:
+        model, items = passed.model, len(passed.slots)
         model.batches += 1
-        model.items += len(slots)
+        model.items += items
         model.forward_s += ended_s - began_s
-        for job in jobs_of(slots):
-            job.watch.add_pass(began_s, ended_s, len(slots))
+        for job in passed.jobs:
+            job.watch.add_pass(began_s, ended_s, items)
 
 
 def _prepared_alone(adapter: Adapter, task: str, value: Any, params: Params) -> Item | CortexError:

@@ -128,14 +128,15 @@ def finish_isolating(
 ) -> list[Any]:
     """A wire value or a CortexError an item, in order; entries that are errors already stay what they are."""
     good = [index for index, entry in enumerate(raw) if not isinstance(entry, CortexError)]
+    if len(good) == len(raw):
+        return _isolating(
+            lambda begin, end: adapter.finish(task, items[begin:end], raw[begin:end], params), 0, len(raw)
+        )
     outcomes = list(raw)
-
-    def run(begin: int, end: int) -> Sequence[Any]:
-        some = good[begin:end]
-        return adapter.finish(task, [items[i] for i in some], [raw[i] for i in some], params)
-
-    for index, value in zip(good, _isolating(run, 0, len(good)) if good else (), strict=True):
-        outcomes[index] = value
+    if good:
+        values = finish_isolating(adapter, task, [items[i] for i in good], [raw[i] for i in good], params)
+        for index, value in zip(good, values, strict=True):
+            outcomes[index] = value
     return outcomes
 
 

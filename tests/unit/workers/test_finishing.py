@@ -116,15 +116,20 @@ def test_what_is_sooner_finished_than_handed_over_is_finished_in_place() -> None
     assert set(bench.adapter.threads.values()) == {IN_PLACE}
 
 
+class Takes(Finishes):
+    """``took_s``: what it takes to finish each text."""
+
+    def __init__(self, took_s: dict[str, float]) -> None:
+        super().__init__()
+        self.took_s, self.now_s = took_s, 0.0
+
+    def finish(self, task: str, items: Sequence[Item], raw: Sequence[Any], params: Params) -> list[WireValue]:
+        self.now_s += self.took_s.get(items[0].data, 0.0)
+        return super().finish(task, items, raw, params)
+
+
 def test_what_finishing_takes_is_learned_and_told() -> None:
-    class Slow(Finishes):
-        now_s = 0.0
-
-        def finish(self, task: str, items: Sequence[Item], raw: Sequence[Any], params: Params) -> list[WireValue]:
-            self.now_s += 0.25
-            return super().finish(task, items, raw, params)
-
-    adapter = Slow()
+    adapter = Takes(dict.fromkeys("abcd", 0.25))
     bench = Bench(adapter, usual_s=0.0)
     bench.runner._finishing._clock = lambda: adapter.now_s
     jobs = [job("abc", *"abc"), job("d", "d")]
@@ -134,6 +139,16 @@ def test_what_finishing_takes_is_learned_and_told() -> None:
     assert adapter.threads == {"a": IN_PLACE, "b": BESIDE, "c": BESIDE, "d": IN_PLACE}
     assert [one.watch.finish_ms for one in jobs] == [750.0, 250.0]
     assert jobs[1].watch.model_s == pytest.approx(0.25 + (jobs[1].watch.prepare_ms + jobs[1].watch.forward_ms) / 1e3)
+
+
+def test_one_long_finish_among_short_ones_is_soon_forgotten() -> None:
+    adapter = Takes({"a": 0.008})
+    bench = Bench(adapter, usual_s=0.0)
+    bench.runner._finishing._clock = lambda: adapter.now_s
+    bench.submit(*(job(text, text) for text in "abcd"))
+    with bench.running():
+        bench.events.wait("finished", *"abcd")
+    assert adapter.threads == {"a": IN_PLACE, "b": BESIDE, "c": IN_PLACE, "d": IN_PLACE}
 
 
 def test_no_pass_begins_while_a_batch_waits_for_the_end_of_the_one_before() -> None:
