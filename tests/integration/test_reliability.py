@@ -73,7 +73,8 @@ def test_sigkill_in_the_middle_of_1000_jobs_loses_none(redis_url: str, tmp_path:
     with plain_client(redis_url) as app:
         first = WorkerProcess(redis_url, tmp_path / "first.log")
         try:
-            jobs = send_many(app, 1_000)
+            with first.halted():
+                jobs = send_many(app, 1_000)
             poll_until(lambda: len(answers(client, jobs)) >= 50, "the first answers")
         finally:
             first.kill()
@@ -90,7 +91,8 @@ def test_sigterm_under_load_loses_and_repeats_nothing(redis_url: str, tmp_path: 
     with plain_client(redis_url) as app, client.pubsub() as announcements:
         with WorkerProcess(redis_url, tmp_path / "first.log") as first:
             announcements.psubscribe("celery-task-meta-*")
-            jobs = send_many(app, 2_000)
+            with first.halted():
+                jobs = send_many(app, 2_000)
             poll_until(lambda: len(answers(client, jobs)) >= 50, "the first answers")
             assert first.terminate() == 0
         left = 2_000 - len(answers(client, jobs))
@@ -176,8 +178,9 @@ def test_a_redis_that_restarts_is_found_again(tmp_path: Path) -> None:
     options = ("--appendonly", "yes", "--appendfsync", "always", "--dir", str(tmp_path))
     with RedisServer(*options, directory=tmp_path) as server:
         client = redis.Redis.from_url(server.url)
-        with plain_client(server.url) as app, WorkerProcess(server.url, tmp_path / "worker.log"):
-            jobs = send_many(app, 400)
+        with plain_client(server.url) as app, WorkerProcess(server.url, tmp_path / "worker.log") as worker:
+            with worker.halted():
+                jobs = send_many(app, 400)
             poll_until(lambda: len(answers(client, jobs)) >= 40, "the first answers")
             server.restart()
             poll_until(lambda: len(answers(client, jobs)) == 400, "every answer", 60)
