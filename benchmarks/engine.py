@@ -23,7 +23,7 @@ from cortex_tasks.config import Batching, ModelConfig, load_fleet
 from cortex_tasks.payloads import EmbedParams
 from workers.adapters import Adapter, Item, LoadContext, adapter_class
 from workers.placement import Placement
-from workers.resources import calm_openmp, device, keep_memory, spare_garbage, threads_for
+from workers.resources import bound_kernels, calm_openmp, device, keep_memory, spare_garbage, threads_for
 from workers.store.sources import Snapshot, resolve
 
 _ALIAS: Final = "minilm"
@@ -39,6 +39,7 @@ _TEXTS_A_SECOND: Final = 32
 _KINDS: Final = {"short": texts.short, "varied": texts.varied}
 
 calm_openmp()
+bound_kernels()
 keep_memory()
 #: As a worker's: models load elsewhere, and its thread is placed while they compute.
 _runner = ThreadPoolExecutor(1)

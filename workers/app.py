@@ -42,6 +42,7 @@ from workers.registry import Registry
 from workers.resources import (
     available_cpus,
     available_memory,
+    bound_kernels,
     calm_openmp,
     device,
     keep_memory,
@@ -69,6 +70,7 @@ _BACKEND: Final = "workers.celery_hooks.backend:BatchedRedisBackend"
 
 
 calm_openmp()
+bound_kernels()
 keep_memory()
 
 

@@ -16,6 +16,7 @@ from workers.cgroup import CgroupLimits, read_limits
 __all__ = [
     "available_cpus",
     "available_memory",
+    "bound_kernels",
     "calm_openmp",
     "device",
     "keep_memory",
@@ -29,6 +30,8 @@ _THREAD_VARIABLES: Final = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_
 
 #: Iterations that an OpenMP thread spins at a barrier before it sleeps: microseconds instead of milliseconds.
 _SPIN_COUNT: Final = "3000"
+#: Kernels that oneDNN, and torch's layer above it, keep: one for each shape of a product.
+_KERNELS: Final = {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "128", "LRU_CACHE_CAPACITY": "16"}
 #: Options of glibc's mallopt.
 _TRIM_THRESHOLD: Final = -1
 _MMAP_THRESHOLD: Final = -3
@@ -47,6 +50,18 @@ def calm_openmp() -> None:
     """
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", _SPIN_COUNT)
+
+
+def bound_kernels() -> None:
+    """Let oneDNN keep few of the kernels that it makes. Call before torch is imported; what the environment says wins.
+
+    It makes four for each number of tokens that a batch of BERT's has, of 0.8 MB each, and keeps the last 1,024: within
+    minutes of bulk a worker of MiniLM took 1.5 GB. Large batches hardly meet a kernel of their size either way; lone
+    short texts do, and need few (docs/performance-engines.md).
+    """
+    if "DNNL_PRIMITIVE_CACHE_CAPACITY" not in os.environ:  # its older name
+        for name, most in _KERNELS.items():
+            os.environ.setdefault(name, most)
 
 
 def keep_memory() -> bool:

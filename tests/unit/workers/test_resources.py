@@ -85,6 +85,44 @@ def test_another_c_library_has_no_such_setting(monkeypatch: pytest.MonkeyPatch) 
     assert not resources.keep_memory()
 
 
+@pytest.mark.models
+def test_batches_of_many_sizes_leave_few_kernels_in_memory() -> None:
+    """In processes of their own: a product over 600 different numbers of tokens, with oneDNN's limit and with ours."""
+    script = """
+import os, sys
+from workers.resources import bound_kernels
+if sys.argv[1] == "bound":
+    bound_kernels()
+import torch
+torch.set_num_threads(1)
+def memory_mb():
+    with open("/proc/self/statm") as pages:
+        return int(pages.read().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 1e6
+with torch.inference_mode():
+    weight = torch.ops.mkldnn._reorder_linear_weight(torch.randn(384, 384), None)
+    tokens = torch.randn(1_000, 384)
+    torch.ops.mkldnn._linear_pointwise(tokens, weight, None, "none", [], "none")
+    before_mb = memory_mb()
+    for count in range(1, 601):
+        torch.ops.mkldnn._linear_pointwise(tokens[:count], weight, None, "none", [], "none")
+    print(memory_mb() - before_mb)
+"""
+    clean = {k: v for k, v in os.environ.items() if not k.endswith("_CACHE_CAPACITY")}
+    ours_mb, theirs_mb = (
+        float(subprocess.run([sys.executable, "-c", script, limit], env=clean, capture_output=True, check=True).stdout)
+        for limit in ("bound", "default")
+    )
+    assert ours_mb < max(100.0, theirs_mb / 2), f"{theirs_mb:.0f} MB without a limit"
+
+
+@pytest.mark.parametrize("said", ["ONEDNN_PRIMITIVE_CACHE_CAPACITY", "DNNL_PRIMITIVE_CACHE_CAPACITY"])
+def test_what_the_environment_says_of_kernels_wins(monkeypatch: pytest.MonkeyPatch, said: str) -> None:
+    monkeypatch.setattr(resources.os, "environ", {said: "700"})
+    resources.bound_kernels()
+    assert resources.os.environ.pop(said) == "700"
+    assert resources.os.environ.get("ONEDNN_PRIMITIVE_CACHE_CAPACITY") is None
+
+
 def test_the_collector_leaves_alone_what_exists() -> None:
     kept = [[]]
     thresholds = gc.get_threshold()
