@@ -76,7 +76,7 @@ def measure(seconds: float, say: Say) -> Figures:
         say("loading the raw engine")
         about = engine.ask("hello")
         say("which batches are fastest")
-        budget = engine.ask("budget", seconds=2 * seconds)
+        budget = engine.ask("budget", seconds=1.5 * seconds)
         raw = _Raw(engine, budget["tokens"], seconds)
         figures = _fleet(raw, seconds, say)
         say("the raw engine with a batch on each core")
@@ -142,7 +142,7 @@ def _share_of(other: Peer, raw: _Raw, command: str, seconds: float, **arguments:
 def _apart(raw: _Raw, seconds: float) -> Figures:
     """The raw engine once more, with batches as a worker runs them, and of the size that is fastest then."""
     with _other_engine() as other:
-        tokens = other.ask("budget", seconds=seconds, apart=True)["tokens"]
+        tokens = other.ask("budget", seconds=seconds / 2, apart=True)["tokens"]
         ratio = _share_of(other, raw, "rate_apart", seconds / 2, budget_tokens=tokens)
     return {"raw_apart_ratio": ratio, "raw_apart_budget_tokens": tokens}
 
