@@ -106,10 +106,11 @@ class Admission:
         with self.line_lock:
             return self._line.ahead(self._budget)
 
-    def take(self, parts: int = 1) -> Batch[Slot] | None:
-        """The next batch, one of so many that run at the same time; None when nothing is in line."""
+    def take(self, parts: int = 1, sharers: int = 1) -> Batch[Slot] | None:
+        """The next batch; None when nothing is in line. ``parts``, ``sharers``: as many run at the same time, and may
+        begin now, this one included."""
         with self.line_lock:
-            return self._line.take(self._budget, self._brief_budget, parts)
+            return self._line.take(self._budget, self._brief_budget, parts, sharers)
 
     def clear(self) -> list[Job]:
         """Everyone who is not in line yet, taken out: for a stop."""

@@ -6,7 +6,9 @@ waits, so that neither lane starves. Nor does an item within its lane: after ``O
 arrivals the head is the one that came first. The batch is filled with the head's neighbours *by length* of the same
 group and lane, so that little is padded, up to the group's budget. Length-sorted filling with a padded-token budget is
 text-embeddings-inference's and infinity's; taking the window around the most urgent item is ours. While interactive
-items come, bulk batches are brief, since whoever comes next waits for the one that runs.
+items come, bulk batches are brief, since whoever comes next waits for the one that runs. Where less waits than the
+passes that may begin now would hold, each gets its share: as in guided self-scheduling (Polychronopoulos and Kuck,
+1987), they end at about the same time.
 """
 
 from __future__ import annotations
@@ -15,7 +17,7 @@ import heapq
 import math
 from bisect import bisect_left, insort
 from collections import defaultdict, deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import count
 from typing import Final, Generic, NamedTuple, TypeVar
@@ -44,6 +46,8 @@ INTERACTIVE_STREAK: Final = 8
 #: Counted in batches, not in seconds: those without deadlines keep a ninth of the lane, be its models fast or slow, and
 #: no more of it once many of them have waited for long, when deadlines matter most.
 OVERTAKING_STREAK: Final = 8
+#: A share is no smaller: what a pass costs by itself would be more than sharing gains.
+_SMALLEST_SHARE_TOKENS: Final = 128
 
 
 class Budget(NamedTuple):
@@ -183,11 +187,16 @@ class Batcher(Generic[T]):
         return Ahead(head.group.model, by_itself=False, more=more, cost_tokens=head.cost_tokens)
 
     def take(
-        self, budget: Callable[[Group], Budget], brief: Callable[[Group], Budget] | None = None, parts: int = 1
+        self,
+        budget: Callable[[Group], Budget],
+        brief: Callable[[Group], Budget] | None = None,
+        parts: int = 1,
+        sharers: int = 1,
     ) -> Batch[T] | None:
         """The next batch, or None when nothing waits. ``budget`` gives a group's limits, ``brief`` those of a bulk
         batch between interactive ones (default: the same). With ``parts`` it holds a part of the tokens only, since as
-        many batches run at the same time."""
+        many batches run at the same time; with ``sharers`` as much is left to each of the others that may begin now.
+        """
         lane = self._lane()
         head = self._orders[lane].take()
         if head is None:
@@ -195,11 +204,10 @@ class Batcher(Generic[T]):
         limit = (brief if brief and self._is_hurried(lane) else budget)(head.group)
         self._streak = self._streak + 1 if lane == "interactive" and self._waits("bulk") else 0
         self._since_interactive = 0 if lane == "interactive" else self._since_interactive + 1
-        chosen = [head] if head.alone else self._fill(head, limit.part(parts))
+        chosen, full = ([head], False) if head.alone else self._fill(head, limit.part(parts), sharers)
         for item in chosen:
             item._taken = True
         self._size -= len(chosen)
-        full = not head.alone and (head.group, head.lane) in self._by_length
         return Batch(head.group, chosen, limit, full)
 
     def _lane(self) -> Lane:
@@ -214,13 +222,15 @@ class Batcher(Generic[T]):
     def _is_hurried(self, lane: Lane) -> bool:
         return lane == "bulk" and self._since_interactive < BRIEF_AFTER
 
-    def _fill(self, head: Waiting[T], limit: Budget) -> list[Waiting[T]]:
-        """The head and its nearest neighbours by length, within the limits; the head always goes."""
+    def _fill(self, head: Waiting[T], limit: Budget, sharers: int) -> tuple[list[Waiting[T]], bool]:
+        """The head and its nearest neighbours by length, within the limits; the head always goes. And whether only the
+        budget kept more from joining them."""
         key = (head.group, head.lane)
         line = self._by_length[key]
+        share_tokens = _share_tokens(line, limit, sharers)
         start = bisect_left(line, (head.cost_tokens, head._seq))
-        low, high = start, start + 1
-        while high - low < limit.max_items:
+        low, high, tokens = start, start + 1, head.cost_tokens
+        while high - low < limit.max_items and tokens < share_tokens:
             longer = line[high][0] if high < len(line) else None
             shorter = line[low - 1][0] if low else None
             longest = line[high - 1][0]
@@ -228,16 +238,26 @@ class Batcher(Generic[T]):
             fits_longer = longer is not None and longer * size <= limit.max_padded_tokens
             fits_shorter = shorter is not None and longest * size <= limit.max_padded_tokens
             if fits_longer and (not fits_shorter or _nearer(head.cost_tokens, longer, shorter)):
+                tokens += line[high][0]
                 high += 1
             elif fits_shorter:
                 low -= 1
+                tokens += line[low][0]
             else:
                 break
         chosen = [entry[2] for entry in line[low:high]]
         del line[low:high]
+        full = bool(line) and tokens < share_tokens
         if not line:
             del self._by_length[key]
-        return chosen
+        return chosen, full
+
+
+def _share_tokens(line: Sequence[tuple[int, int, Waiting[T]]], limit: Budget, sharers: int) -> float:
+    """What one of so many batches should hold of a line, in tokens."""
+    if sharers == 1 or len(line) > sharers * limit.max_items:
+        return math.inf
+    return max(_SMALLEST_SHARE_TOKENS, sum([cost for cost, _, _ in line]) / sharers)
 
 
 def _nearer(cost: int, longer: int | None, shorter: int | None) -> bool:

@@ -142,7 +142,8 @@ class Runner(threading.Thread):
         with self._lock, self._admission.line_lock:
             # A lone item has all cores whatever it is, and is waited for.
             may_run, crew = (True, None) if not self._apart and self._admission.is_lone else self._turn(self._apart)
-            batch = self._admission.take(crew.threads if crew else 1) if may_run else None
+            parts = crew.threads if crew else 1
+            batch = self._admission.take(parts, max(1, parts - self._apart)) if may_run else None
             if batch is not None and crew is not None:
                 self._apart += 1
                 crew.executor.submit(self._run_apart, batch, crew)
@@ -158,7 +159,7 @@ class Runner(threading.Thread):
             with self._changed, self._admission.line_lock:
                 may_run, whose = self._turn(self._apart - 1)
                 if may_run and whose == crew and not self._stopping:
-                    follows = self._admission.take(crew.threads)
+                    follows = self._admission.take(crew.threads, crew.threads - (self._apart - 1))
         finally:
             if follows is not None:
                 crew.executor.submit(self._run_apart, follows, crew)

@@ -9,7 +9,7 @@ from typing import Any, Final
 
 from cortex_tasks.book import Ticket
 from cortex_tasks.client.core import Order, Plan
-from cortex_tasks.client.cuts import cut
+from cortex_tasks.client.cuts import cut, weight_of
 from cortex_tasks.errors import CortexError
 
 __all__ = ["Group", "LoopSeat", "Pending", "ThreadSeat", "board", "fail", "grouped", "together", "unknown"]
@@ -127,10 +127,16 @@ class Pending:
 
 
 def _parts(plan: Plan, seats: list[Any]) -> list[list[Any]]:
-    """Seats in lists that fit in a message each."""
+    """Seats in lists that fit in a message each.
+
+    Where they need several, alike ones share one: a worker runs texts of similar length together, and answers a message
+    when the last of its texts has run.
+    """
     if len(seats) == 1:
         return [seats]
     most = min(GROUP_INPUTS, plan.limits.inputs_per_job)
+    if len(seats) > most:
+        seats = sorted(seats, key=lambda seat: weight_of(seat.value))
     return [seats[part] for part in cut([seat.value for seat in seats], most, GROUP_CHARS)]
 
 

@@ -267,3 +267,55 @@ def test_every_item_leaves_within_a_bound_whatever_comes_beside_it(
         if any(item.payload == "victim" for item in batch.items):
             return
     raise AssertionError(f"still there after {bound} batches")
+
+
+def test_where_little_waits_each_of_those_that_may_begin_gets_its_share() -> None:
+    batcher: Batcher[int] = Batcher()
+    for number, cost in enumerate([50] * 16 + [200] * 4):
+        batcher.add(Waiting(number, EMBED, cost_tokens=cost))
+    first = batcher.take(lambda _: limits(), parts=2, sharers=2)
+    second = batcher.take(lambda _: limits(), parts=2)
+    assert first is not None
+    assert second is not None
+    assert [sum(item.cost_tokens for item in batch.items) for batch in (first, second)] == [800, 800]
+    # Its share kept the one from growing, the other took all: neither says anything of the budget.
+    assert not first.full
+    assert not second.full
+
+
+def test_a_share_leaves_no_crumbs_and_does_not_go_beyond_the_budget() -> None:
+    batcher: Batcher[int] = Batcher()
+    for number in range(12):
+        batcher.add(Waiting(number, EMBED, cost_tokens=10))
+    assert (batch := batcher.take(lambda _: limits(), parts=4, sharers=4)) is not None
+    assert len(batch.items) == 12
+    for number in range(12):
+        batcher.add(Waiting(number, EMBED, cost_tokens=100))
+    assert (batch := batcher.take(lambda _: limits(padded=1_000), parts=2, sharers=2)) is not None
+    assert len(batch.items) == 5
+    assert batch.full
+
+
+@given(
+    st.lists(st.integers(1, 300), min_size=1, max_size=80),
+    st.integers(1, 20),
+    st.integers(1, 8),
+    st.integers(1, 2_000),
+)
+def test_shares_lose_nothing_and_are_about_equal(costs: list[int], items: int, sharers: int, padded: int) -> None:
+    batcher: Batcher[int] = Batcher()
+    for number, cost in enumerate(costs):
+        batcher.add(Waiting(number, EMBED, cost_tokens=cost))
+    taken: list[int] = []
+    for free in range(sharers, 0, -1):
+        left = [cost for number, cost in enumerate(costs) if number not in taken]
+        batch = batcher.take(lambda _: limits(items, padded), parts=sharers, sharers=free)
+        if batch is None:
+            break
+        held = sum(item.cost_tokens for item in batch.items)
+        if free > 1 and len(left) <= free * items:
+            # It stops with the text that makes it full.
+            assert held - max(item.cost_tokens for item in batch.items) < max(128, sum(left) / free)
+        taken += [item.payload for item in batch.items]
+    taken += [item for batch in drain(batcher, limits()) for item in batch]
+    assert sorted(taken) == list(range(len(costs)))

@@ -223,12 +223,12 @@ def test_a_suspect_that_lines_up_while_a_crew_takes_its_next_batch_runs_by_itsel
     admission, take = bench.runner._admission, bench.runner._admission.take
     bench.submit(job("many", *texts(*range(8))))
 
-    def slowly(parts: int = 1) -> Batch[Slot] | None:
+    def slowly(parts: int = 1, sharers: int = 1) -> Batch[Slot] | None:
         if bench.passes.running and not lines_up.ident:
             admission.put(job("suspect", *texts(9), suspect=True, deadline_s=1.0))
             lines_up.start()
             lines_up.join(0.2)
-        return take(parts)
+        return take(parts, sharers)
 
     with bench.running():
         first, second = bench.passes.wait_for(texts(0, 1), texts(2, 3))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -40,6 +41,24 @@ async def test_coroutines_of_one_turn_share_messages(fleet: LocalFleet) -> None:
     assert [len(job.inputs) for job in fleet.jobs] == [32, 32, 32, 4]
     for text, result in zip(texts, results, strict=True):
         assert result.vector == pytest.approx(echo_vector(text), abs=1e-6)
+
+
+async def test_where_a_moment_fills_several_messages_alike_texts_share_one(fleet: LocalFleet) -> None:
+    texts = [f"{n}" + "x" * (97 * n % 61) for n in range(70)]
+    async with fleet.aclient() as client:
+        results = await asyncio.gather(*(client.embed(text) for text in texts))
+    sent = [sorted(map(len, job.inputs)) for job in fleet.jobs]
+    assert [len(job.inputs) for job in fleet.jobs] == [32, 32, 6]
+    assert all(shorter[-1] <= longer[0] for shorter, longer in itertools.pairwise(sent))
+    for text, result in zip(texts, results, strict=True):
+        assert result.vector == pytest.approx(echo_vector(text), abs=1e-6)
+
+
+async def test_what_fits_in_one_message_keeps_its_order(fleet: LocalFleet) -> None:
+    texts = ["long " * n for n in range(5, 0, -1)]
+    async with fleet.aclient() as client:
+        await asyncio.gather(*(client.embed(text) for text in texts))
+    assert [list(job.inputs) for job in fleet.jobs] == [texts]
 
 
 async def test_a_lone_call_goes_at_once_and_alone(fleet: LocalFleet) -> None:
