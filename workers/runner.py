@@ -143,7 +143,7 @@ class Runner(threading.Thread):
             # A lone item has all cores whatever it is, and is waited for.
             may_run, crew = (True, None) if not self._apart and self._admission.is_lone else self._turn(self._apart)
             parts = crew.threads if crew else 1
-            batch = self._admission.take(parts, max(1, parts - self._apart)) if may_run else None
+            batch = self._admission.take(parts, parts - self._apart) if may_run else None
             if batch is not None and crew is not None:
                 self._apart += 1
                 crew.executor.submit(self._run_apart, batch, crew)
